@@ -1,0 +1,1 @@
+"""How a model is split over ranks: layouts, portable modules, and the megatron-core engine."""

@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, Megatron .bin/.idx files, weighted sources, packing."""
