@@ -31,14 +31,15 @@ class TensorSlice:
     replicas: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        assert self.data.dim() == 1 and self.data.is_contiguous(), f"{self.name}: data is not one run"
+        assert self.data.dim() == 1, f"{self.name}: data has {self.data.dim()} dimensions"
+        assert self.data.is_contiguous(), f"{self.name}: data is not one run"
         assert self.data.numel() == math.prod(self.size), f"{self.name}: {self.data.numel()} != {self.size}"
 
 
 def flat_range_boxes(
     size: tuple[int, ...], start: int, end: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Split the row-major flat range [start, end) of a block of extent `size` into boxes (offset, size), in order.
+    """Split the row-major flat range [start, end) of a block of extent `size` into boxes (offset, size).
 
     A two-dimensional block gives at most three: the rest of a row, whole rows, the start of a row.
     """
