@@ -86,7 +86,7 @@ def _rank_main(
             torch.cuda.set_device(rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
-            store=dist.FileStore(store, world_size),
+            store=dist.FileStore(store, world_size),  # type: ignore[attr-defined]
             rank=rank,
             world_size=world_size,
         )
