@@ -1,0 +1,104 @@
+"""`metrics.jsonl`: one JSON object a line, flushed as it is written.
+
+Every line has "kind" (start, step, event, evaluation), "time" (Unix seconds) and "step" (optimizer steps
+done). A step stands in the file once: when a run resumes from step n, lines of later steps belong to a future
+that is about to be computed again, so they move to `metrics.superseded.jsonl` beside it. Nothing is thrown
+away, and whoever reads `metrics.jsonl` needs no rule for duplicates. A line torn by a kill moves there too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from trainer.metrics.sink import EvaluationRecord, RunInfo, StepRecord
+
+
+class JsonLines:
+    """A `MetricSink` over one file."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self._clock = clock
+        self._file: IO[str] | None = None
+
+    def start(self, info: RunInfo) -> None:
+        """Open the file and set aside what lies after `info.first_step`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            supersede(self.path, after=info.first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        content = asdict(info)
+        self._write("start", step=content.pop("first_step"), **content)
+
+    def step(self, record: StepRecord) -> None:
+        """Append one step; readings that this machine does not have are left out."""
+        content = {key: value for key, value in vars(record).items() if value is not None and value != {}}
+        self._write("step", **content)
+
+    def event(self, text: str, *, step: int) -> None:
+        """Append one event."""
+        self._write("event", step=step, text=text)
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """Append one evaluation."""
+        self._write("evaluation", **vars(record))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, kind: str, **content: Any) -> None:
+        assert self._file is not None, "start() comes first, close() last"
+        line = {"kind": kind, "time": round(self._clock(), 3)} | content
+        self._file.write(json.dumps(valid_json(line), allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def valid_json(value: Any) -> Any:
+    """`value` with non-finite floats as the strings "nan", "inf", "-inf": JSON has no such numbers.
+
+    `float()` reads them back.
+    """
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case Mapping():
+            return {str(key): valid_json(item) for key, item in value.items()}
+        case str():
+            return value
+        case Sequence():
+            return [valid_json(item) for item in value]
+        case _:
+            return value
+
+
+def supersede(path: Path, *, after: int) -> int:
+    """Move the lines of steps later than `after`, and torn ones, to `*.superseded.jsonl`; return how many."""
+    kept: list[str] = []
+    moved: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        (kept if _is_settled(line, after) else moved).append(line + "\n")
+    if not moved:
+        return 0
+    with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as aside:
+        aside.writelines(moved)
+    partial = path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+    return len(moved)
+
+
+def _is_settled(line: str, after: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) <= after
+    except (ValueError, TypeError, KeyError):
+        return False

@@ -1,0 +1,56 @@
+"""The small sections of the run file that have no other home: [run], [train], [eval], [metrics]."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from parallel.settings import Settings
+
+
+class RunSettings(Settings):
+    """`[run]`: the name and folder of the run, and what its random numbers start from."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[^/\s]+$")
+    dir: Path | None = None
+    """Run folder; `runs/NAME` under the current folder when not given."""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    deterministic: bool = False
+    """Only kernels that give the same bits twice, at some cost in speed. The CPU path always is."""
+
+    @property
+    def folder(self) -> Path:
+        """Where config, metrics, logs and checkpoints of the run lie."""
+        return self.dir if self.dir is not None else Path("runs") / self.name
+
+
+class TrainConfig(Settings):
+    """`[train]`: how long, how many sequences at once, and in which numbers."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps of the whole run, those before a resume included."""
+    global_batch: int = Field(gt=0)
+    """Sequences in one step, over all ranks and micro-batches."""
+    micro_batch: int = Field(1, gt=0)
+    """Sequences that one data-parallel rank runs through the model at a time."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 computes in bfloat16 and keeps fp32 master weights."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again: none, the core attention's, whole layers'."""
+
+
+class EvalConfig(Settings):
+    """`[eval]`: the loss on the held-out documents of `[[data.validation]]`."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0 evaluates only at the end. Without validation sets nothing runs."""
+    batches: int | None = Field(None, gt=0)
+    """Global batches of each validation set; all of it when not given."""
+
+
+class MetricsConfig(Settings):
+    """`[metrics]`: how often numbers leave the training step, and where they go."""
+
+    every: int = Field(1, gt=0)
+    """Steps between two records. Reading the loss waits for the device, so raise it where steps are short."""
+    tensorboard: bool = True
