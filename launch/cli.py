@@ -1,0 +1,89 @@
+"""The `ratoon` command. Everything heavy is imported inside the commands: `ratoon --help` answers at once."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launch.errors import ReportingGroup
+
+app = typer.Typer(
+    name="ratoon",
+    cls=ReportingGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunFileArgument = Annotated[
+    Path, typer.Argument(metavar="RUN.toml", help="The run file.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the run file, as in [cyan]train.steps=100[/]. May be given many times.",
+        show_default=False,
+    ),
+]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Processes on this machine; by default one a GPU, or what the layout needs.",
+        show_default=False,
+    ),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        Console().print(f"ratoon {version('ratoon')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def ratoon(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Train language models the Megatron way, and go on training them.
+
+    New here? [bold cyan]ratoon demo[/] trains a small model in a few minutes, without a GPU.
+    """
+
+
+@app.command()
+def train(run_file: RunFileArgument, overrides: SetOption = None, ranks: RanksOption = None) -> None:
+    """Train as a run file says, and resume where its last checkpoint left off.
+
+    Starts one process a rank on this machine. Under torchrun or srun, joins their ranks instead.
+    """
+    from launch.train_command import train as run_training
+
+    run_training(run_file, overrides or [], ranks=ranks)
+
+
+@app.command()
+def check(run_file: RunFileArgument, overrides: SetOption = None, ranks: RanksOption = None) -> None:
+    """Check a run file: resolved settings, layout, memory and compute. Starts nothing."""
+    from launch.check_command import check as run_check
+
+    run_check(run_file, overrides or [], ranks=ranks)
+
+
+def main() -> None:
+    """Entry point of the `ratoon` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
