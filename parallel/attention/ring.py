@@ -1,0 +1,220 @@
+"""Context parallelism "p2p": keys and values travel round a ring while each rank attends to what passes by.
+
+Ring attention (Liu, Zaharia and Abbeel 2023, section 3) over zig-zag slices: at every step each rank has
+about the same work, since blocks that no query sees are skipped. Blocks are merged by their log-sum-exp, and
+the backward recomputes the scores from it (FlashAttention: Dao et al. 2022, section 3.1, appendix B.4), all
+in float32 at least.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.attention.mask import PlanCache, visible
+from parallel.context import context_spans
+
+
+@dataclass(frozen=True)
+class Block:
+    """Half `query` of this rank's queries sees (some of) half `key` of the keys passing by."""
+
+    query: int
+    key: int
+    mask: Tensor | None  # bool, broadcasts to [b, kv_heads, group, queries, keys]; None is all
+
+
+Plan = tuple[tuple[Block, ...], ...]  # blocks of every step of the ring
+
+_plans: PlanCache[Plan] = PlanCache()
+
+
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Tensor | None,
+    *,
+    group: dist.ProcessGroup,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention over a ring of ranks.
+
+    Args:
+        query: [s/cp, b, heads, head_dim], this rank's zig-zag slice.
+        key: [s/cp, b, kv_heads, head_dim].
+        value: like key.
+        documents: int [b, s] over the whole sequence; None is one document a row.
+        group: the context-parallel ranks.
+        scale: of the scores.
+        window: tokens a query sees before itself; None is no limit.
+
+    Returns:
+        [s/cp, b, heads, head_dim]
+    """
+    length, rank, size = query.size(0) * group.size(), group.rank(), group.size()
+    where = (length, rank, size, window, query.device)
+    if documents is None:
+        plan = _plan_one_document(*where)
+    else:
+        plan = _plans.get(documents, where, lambda: _plan(*where, documents))
+    output: Tensor = _Ring.apply(query, key, value, plan, group, scale)
+    return output
+
+
+@lru_cache(maxsize=8)
+def _plan_one_document(length: int, rank: int, size: int, window: int | None, device: torch.device) -> Plan:
+    return _plan(length, rank, size, window, device, None)
+
+
+def _plan(
+    length: int, rank: int, size: int, window: int | None, device: torch.device, documents: Tensor | None
+) -> Plan:
+    spans = context_spans(length, rank, size)
+    steps = []
+    for step in range(size):
+        sources = context_spans(length, (rank - step) % size, size)
+        blocks = []
+        for query, query_span in enumerate(spans):
+            for key, key_span in enumerate(sources):
+                seen = _block_mask(query_span, key_span, window, device=device, documents=documents)
+                if seen.all():
+                    blocks.append(Block(query, key, None))
+                elif seen.any():
+                    blocks.append(Block(query, key, seen))
+        # The diagonal first: it leaves every query a finite log-sum-exp to merge the others into.
+        steps.append(tuple(sorted(blocks, key=lambda block: block.query != block.key)))
+    return tuple(steps)
+
+
+def _block_mask(
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+    window: int | None,
+    *,
+    device: torch.device,
+    documents: Tensor | None,
+) -> Tensor:
+    positions = torch.arange(*queries, device=device), torch.arange(*keys, device=device)
+    if documents is None:
+        return visible(*positions, window)
+    rows = documents.to(device)
+    seen = visible(
+        *positions, window, query_documents=rows[:, slice(*queries)], key_documents=rows[:, slice(*keys)]
+    )
+    return seen[:, None, None]
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: Plan,
+        group: dist.ProcessGroup,
+        scale: float,
+    ) -> Tensor:
+        q = _halves(query, key.size(2))
+        out = [torch.zeros_like(half) for half in q]
+        lse = [torch.full_like(half[..., :1], -torch.inf) for half in q]
+        pair = torch.stack((key, value))
+        for step, blocks in enumerate(plan):
+            pending = _pass_on(pair, group) if step + 1 < len(plan) else None
+            k, v = (_halves(tensor, key.size(2)) for tensor in pair)
+            for block in blocks:
+                i, j = block.query, block.key
+                scores = _scores(q[i], k[j], block.mask, scale)
+                merged = torch.logaddexp(lse[i], scores.logsumexp(-1, keepdim=True))
+                out[i].mul_((lse[i] - merged).exp_()).add_(scores.sub_(merged).exp_() @ v[j])
+                lse[i] = merged
+            pair = pending.wait() if pending else pair
+        output = _join(out, query)
+        ctx.save_for_backward(query, key, value, output, *lse)
+        ctx.plan, ctx.group, ctx.scale = plan, group, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # P = exp(S - lse), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
+        query, key, value, output, *lse = ctx.saved_tensors
+        q, o, do = (_halves(tensor, key.size(2)) for tensor in (query, output, grads[0]))
+        delta = [(half * grad).sum(-1, keepdim=True) for half, grad in zip(o, do, strict=True)]
+        dq = [torch.zeros_like(half) for half in q]
+        pair = torch.stack((key, value))
+        home: _Pending | None = None
+        for step, blocks in enumerate(ctx.plan):
+            pending = _pass_on(pair, ctx.group) if step + 1 < len(ctx.plan) else None
+            k, v = (_halves(tensor, key.size(2)) for tensor in pair)
+            dk, dv = (torch.zeros(2, *k[0].shape, dtype=k[0].dtype, device=k[0].device) for _ in range(2))
+            for block in blocks:
+                i, j = block.query, block.key
+                p = _scores(q[i], k[j], block.mask, ctx.scale).sub_(lse[i]).exp_()
+                dv[j] += p.transpose(-1, -2) @ do[i]
+                ds = (do[i] @ v[j].transpose(-1, -2)).sub_(delta[i]).mul_(p).mul_(ctx.scale)
+                dq[i] += ds @ k[j]
+                dk[j] += ds.transpose(-1, -2) @ q[i]
+            travelling = torch.stack((dk, dv))
+            if home:  # what the ranks before this one found for the same keys and values
+                travelling += home.wait()
+            home = _pass_on(travelling, ctx.group)
+            pair = pending.wait() if pending else pair
+        assert home is not None
+        dk, dv = home.wait()
+        return _join(dq, query), _join(list(dk), key), _join(list(dv), value), None, None, None
+
+
+def _halves(tensor: Tensor, kv_heads: int) -> list[Tensor]:
+    """[s, b, heads, d] as two halves [b, kv_heads, group * s/2, d], at least float32."""
+    s, b, heads, dim = tensor.shape
+    inner = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    split = inner.view(2, s // 2, b, kv_heads, heads // kv_heads, dim)
+    return list(split.permute(0, 2, 3, 4, 1, 5).reshape(2, b, kv_heads, -1, dim).unbind(0))
+
+
+def _join(halves: list[Tensor], like: Tensor) -> Tensor:
+    """The inverse of `_halves`, in the shape and dtype of `like`."""
+    s, b, _, dim = like.shape
+    split = torch.stack(halves).view(2, b, halves[0].size(1), -1, s // 2, dim)
+    return split.permute(0, 4, 1, 2, 3, 5).reshape(like.shape).to(like.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Scaled scores [b, kv_heads, group * queries, keys], -inf where the mask is false."""
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    if mask is not None:
+        keys = k.size(-2)
+        scores.view(*scores.shape[:2], -1, keys, keys).masked_fill_(~mask, -torch.inf)
+    return scores
+
+
+class _Pending:
+    """A tensor on its way to the next rank of the ring, and the one coming from the rank before."""
+
+    def __init__(self, sent: Tensor, group: dist.ProcessGroup) -> None:
+        rank, size = group.rank(), group.size()
+        self._sent = sent  # alive until the transfer is over
+        self._received = torch.empty_like(sent)
+        after, before = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
+        self._works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, sent, after, group=group),
+                dist.P2POp(dist.irecv, self._received, before, group=group),
+            ]
+        )
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+def _pass_on(tensor: Tensor, group: dist.ProcessGroup) -> _Pending:
+    return _Pending(tensor.contiguous(), group)

@@ -1,0 +1,195 @@
+"""Attention of a rank's queries over whole keys, as calls of torch SDPA on tiles.
+
+A tile is a run of queries and the run of keys they can see. A plain causal batch is one tile for all rows;
+packed documents give tiles of whole documents, so the work is the sum of len^2 and not s^2; a sliding window
+gives tiles along the diagonal, so the work is s * window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.attention.mask import PlanCache, document_runs, visible
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries [start, end) and keys [key_start, end), in global positions; mask None is square and causal."""
+
+    start: int
+    end: int
+    key_start: int
+    mask: Tensor | None  # bool [queries, keys]
+
+
+Plan = list[
+    list[Tile]
+]  # tiles of every row, in the order of the rank's queries; one list when rows are alike
+
+_plans: PlanCache[Plan] = PlanCache()
+_SMALL = 32  # tokens: neighbouring documents share one masked tile up to here, for a call has its own cost
+
+
+def plan_tiles(documents: Tensor | None, spans: Spans, window: int | None, device: torch.device) -> Plan:
+    """Cut the queries of `spans` into tiles.
+
+    Args:
+        documents: int [b, s] over the whole sequence, or None for one document a row.
+        spans: global spans of the rank's queries, see `parallel.context.context_spans`.
+        window: tokens a query sees before itself; None is no limit.
+        device: where the masks are made.
+    """
+    if documents is None:
+        return _plan_one_document(spans, window, device)
+
+    def build() -> Plan:
+        rows = zip(document_runs(documents), documents, strict=True)
+        return [_row_tiles(runs, spans, window, row=row, device=device) for runs, row in rows]
+
+    return _plans.get(documents, (spans, window, device), build)
+
+
+@lru_cache(maxsize=8)
+def _plan_one_document(spans: Spans, window: int | None, device: torch.device) -> Plan:
+    length = max(end for _, end in spans)
+    return [_row_tiles([(0, length)], spans, window, row=None, device=device)]
+
+
+def _row_tiles(
+    runs: Sequence[tuple[int, int]],
+    spans: Spans,
+    window: int | None,
+    *,
+    row: Tensor | None,
+    device: torch.device,
+) -> list[Tile]:
+    tiles = []
+    for group in _group_small(_segments(runs, spans)):
+        for start, end, key_start in _bands(group, window):
+            square = key_start == start and (window is None or end - start <= window + 1)
+            mask = None
+            if not square or group.documents > 1:
+                mask = _tile_mask(start, end, key_start, window=window, row=row, device=device)
+            tiles.append(Tile(start, end, key_start, mask))
+    return tiles
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring queries [start, end) of one or more documents, the first of which starts at key_start."""
+
+    start: int
+    end: int
+    key_start: int
+    documents: int
+
+
+def _segments(runs: Sequence[tuple[int, int]], spans: Spans) -> Iterator[_Group]:
+    for span_start, span_end in spans:
+        for start, end in runs:
+            if start < span_end and end > span_start:
+                yield _Group(max(start, span_start), min(end, span_end), start, 1)
+
+
+def _group_small(segments: Iterable[_Group]) -> Iterator[_Group]:
+    held: _Group | None = None
+    for segment in segments:
+        if held and held.end == segment.key_start and segment.end - held.key_start <= _SMALL:
+            held = replace(held, end=segment.end, documents=held.documents + 1)
+            continue
+        if held:
+            yield held
+        held = segment
+    if held:
+        yield held
+
+
+def _bands(group: _Group, window: int | None) -> Iterator[tuple[int, int, int]]:
+    """(start, end, key_start) of the tiles of a group: one, or under a short window a row of them."""
+    if window is None or group.end - group.key_start <= window + 1:
+        yield group.start, group.end, group.key_start
+        return
+    step = max(window + 1, _SMALL)
+    for start in range(group.start, group.end, step):
+        yield start, min(start + step, group.end), max(group.key_start, start - window)
+
+
+def _tile_mask(
+    start: int, end: int, key_start: int, *, window: int | None, row: Tensor | None, device: torch.device
+) -> Tensor:
+    queries = torch.arange(start, end, device=device)
+    keys = torch.arange(key_start, end, device=device)
+    if row is None:
+        return visible(queries, keys, window)
+    row = row.to(device)
+    return visible(queries, keys, window, query_documents=row[start:end], key_documents=row[key_start:end])
+
+
+def attend_tiles(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention of a rank's queries over whole keys.
+
+    Args:
+        query: [sq, b, heads, head_dim], the tokens of the plan's spans, in their order.
+        key: [s, b, kv_heads, head_dim], the whole sequence in its natural order.
+        value: like key.
+        plan: from `plan_tiles`.
+        scale: of the scores.
+        dropout: probability of dropping a weight.
+
+    Returns:
+        [sq, b, heads, head_dim]
+    """
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    if len(plan) == 1:
+        rows = [_attend_row(q, k, v, plan[0], scale, dropout)]
+    else:
+        columns = zip(q.split(1), k.split(1), v.split(1), plan, strict=True)
+        rows = [_attend_row(qs, ks, vs, tiles, scale, dropout) for qs, ks, vs, tiles in columns]
+    return torch.cat(rows).permute(2, 0, 1, 3) if len(rows) > 1 else rows[0].permute(2, 0, 1, 3)
+
+
+def _attend_row(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float, dropout: float
+) -> Tensor:
+    """q [rows, heads, sq, head_dim], k and v [rows, kv_heads, s, head_dim]."""
+    if len(tiles) == 1 and tiles[0].end - tiles[0].key_start == k.size(2):
+        return _attend_tile(q, k, v, tiles[0].mask, scale, dropout)
+    sizes = [tile.end - tile.start for tile in tiles]
+    queries = q.split(sizes, dim=2)
+    if sum(sizes) == k.size(2) and all(tile.key_start == tile.start for tile in tiles):
+        # The gradient of one split is one concatenation; that of a narrow is a zeroed tensor as long as k.
+        keys, values = k.split(sizes, dim=2), v.split(sizes, dim=2)
+    else:
+        keys, values = (
+            tuple(whole.narrow(2, tile.key_start, tile.end - tile.key_start) for tile in tiles)
+            for whole in (k, v)
+        )
+    masks = (tile.mask for tile in tiles)
+    outputs = [
+        _attend_tile(qs, ks, vs, mask, scale, dropout)
+        for qs, ks, vs, mask in zip(queries, keys, values, masks, strict=True)
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_tile(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    grouped = q.size(1) != k.size(1)
+    if grouped and mask is not None and q.is_cuda:
+        # CUDA's kernel for masks knows no grouped heads and would fall back to materialised scores.
+        k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
