@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -216,14 +216,17 @@ def threads_per_rank(ranks: int, environ: Mapping[str, str] | None = None) -> in
 
 
 def announce_rank(
-    *, rank: int, world_size: int, local_rank: int, environ: MutableMapping[str, str] | None = None
+    rank: int, world_size: int, *, local_rank: int, master: tuple[str, int] | None = None
 ) -> None:
-    """Tell torch and the libraries in this process which rank they are, in torchrun's variables."""
-    environ = os.environ if environ is None else environ
-    environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    """Tell torch and the libraries in this process which rank they are, in torchrun's variables.
+
+    `master` is the address and port where the ranks meet.
+    """
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    if master is not None:
+        os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
 
 
-def hide_gpus(environ: MutableMapping[str, str] | None = None) -> None:
+def hide_gpus() -> None:
     """Make CUDA see no device in this process and its children; to be called before CUDA starts."""
-    environ = os.environ if environ is None else environ
-    environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import Any
 
 import typer
@@ -35,21 +34,20 @@ class RankError(RuntimeError):
 def user_message(error: BaseException) -> str | None:
     """The message of an error that was written for users; None for any other.
 
-    Ours are of exactly the class ValueError and raised by our own code. A ValueError from inside torch or
-    numpy is a fault of the program, and keeps its traceback.
+    Ours are of exactly the class ValueError, or of a class of our own, and raised by our own code. A
+    ValueError from inside torch or numpy is a fault of the program, and keeps its traceback.
     """
-    if type(error) is not ValueError:
-        return None
+    written = type(error) is ValueError or is_ours(type(error).__module__)
     origin = error.__traceback__
     while origin is not None and origin.tb_next is not None:
         origin = origin.tb_next
-    return str(error) if _is_ours(origin) else None
+    if not written or origin is None:
+        return None
+    return str(error) if is_ours(str(origin.tb_frame.f_globals.get("__name__", ""))) else None
 
 
-def _is_ours(origin: TracebackType | None) -> bool:
-    if origin is None:
-        return False
-    module = str(origin.tb_frame.f_globals.get("__name__", ""))
+def is_ours(module: str) -> bool:
+    """Whether a module, or the logger named after it, belongs to this project."""
     return module.partition(".")[0] in PACKAGES
 
 

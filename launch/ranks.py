@@ -127,7 +127,7 @@ def _live_and_die_with_parent(parent: int) -> None:
 
 
 def _join(place: _Place) -> None:
-    announce_rank(rank=place.rank, world_size=place.world_size, local_rank=place.rank)
+    announce_rank(place.rank, place.world_size, local_rank=place.rank)
     if not place.gpu:
         hide_gpus()
     import torch.distributed as dist

@@ -11,10 +11,10 @@ from parallel.settings import Settings
 class RunSettings(Settings):
     """`[run]`: the name and folder of the run, and what its random numbers start from."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[^/\s]+$")
+    name: str = Field(default="run", min_length=1, pattern=r"^[^/\s]+$")
     dir: Path | None = None
     """Run folder; `runs/NAME` under the current folder when not given."""
-    seed: int = Field(1234, ge=0, lt=2**63)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     deterministic: bool = False
     """Only kernels that give the same bits twice, at some cost in speed. The CPU path always is."""
 
@@ -31,7 +31,7 @@ class TrainConfig(Settings):
     """Optimizer steps of the whole run, those before a resume included."""
     global_batch: int = Field(gt=0)
     """Sequences in one step, over all ranks and micro-batches."""
-    micro_batch: int = Field(1, gt=0)
+    micro_batch: int = Field(default=1, gt=0)
     """Sequences that one data-parallel rank runs through the model at a time."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 computes in bfloat16 and keeps fp32 master weights."""
@@ -42,15 +42,15 @@ class TrainConfig(Settings):
 class EvalConfig(Settings):
     """`[eval]`: the loss on the held-out documents of `[[data.validation]]`."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates only at the end. Without validation sets nothing runs."""
-    batches: int | None = Field(None, gt=0)
+    batches: int | None = Field(default=None, gt=0)
     """Global batches of each validation set; all of it when not given."""
 
 
 class MetricsConfig(Settings):
     """`[metrics]`: how often numbers leave the training step, and where they go."""
 
-    every: int = Field(1, gt=0)
+    every: int = Field(default=1, gt=0)
     """Steps between two records. Reading the loss waits for the device, so raise it where steps are short."""
     tensorboard: bool = True

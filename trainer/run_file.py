@@ -22,7 +22,7 @@ _BARE_KEY = re.compile(r"^[A-Za-z0-9_-]+$")
 
 @dataclass(frozen=True)
 class RunFile:
-    """What a run file says, and on which line it says it."""
+    """What a run file says, and on which line it says it; 0 stands for the command line."""
 
     name: str
     values: dict[str, Any]
@@ -96,7 +96,7 @@ def apply_overrides(run_file: RunFile, overrides: Sequence[str]) -> RunFile:
         except ValueError as error:
             problems.append(f"--set {override}: {error}")
         else:
-            lines.pop(key, None)  # an error in this value is not the file's
+            lines[key] = 0
     if problems:
         raise ValueError("\n".join(problems))
     return RunFile(run_file.name, values, lines)

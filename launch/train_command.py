@@ -1,0 +1,160 @@
+"""`ratoon train`: check the run file, then start ranks on this machine or join those of a launcher."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from launch.environment import Environment, announce_rank, hide_gpus, read_environment, threads_per_rank
+from launch.errors import USAGE, RankError, user_message
+from launch.process_group import start_process_group
+from launch.rank_logs import FAILURE, start_logging
+from launch.ranks import run_ranks
+from launch.terminal import Terminal
+from trainer.config import RunConfig, check_config, config_toml, load_config, resolve
+from trainer.metrics.json_lines import JsonLines
+from trainer.metrics.sink import MetricSink, SinkList
+from trainer.metrics.tensorboard import TensorBoard
+
+
+def train(run_file: Path, overrides: list[str], *, ranks: int | None = None) -> None:
+    """Train as `run_file` says, on `ranks` processes of this machine or on the ranks of torchrun or srun.
+
+    Raises:
+        ValueError: before any process starts, with everything that is wrong with the run file.
+        RankError: from the first rank that failed.
+    """
+    environment = read_environment()
+    try:
+        config = load_config(run_file, overrides)
+        world_size = choose_world_size(config, environment, ranks)
+        check_config(config, world_size, name=str(run_file))
+    except ValueError:
+        if environment.rank != 0:
+            sys.exit(USAGE)  # the first rank says it for all
+        raise
+    config = resolve(config)
+    if environment.launcher == "local":
+        start_ranks(config, world_size, gpus=environment.gpus)
+    else:
+        _join(config, environment)
+
+
+def choose_world_size(config: RunConfig, environment: Environment, ranks: int | None) -> int:
+    """How many ranks train: the launcher's, else `ranks`, else what fits the GPUs, else one model replica."""
+    if environment.launcher != "local":
+        if ranks not in (None, environment.world_size):
+            raise ValueError(
+                f"--ranks {ranks} under {environment.launcher}, which started {environment.world_size}: "
+                "leave --ranks out"
+            )
+        return environment.world_size
+    if ranks is not None:
+        return ranks
+    layout = config.parallel
+    smallest = layout.tensor * layout.pipeline * math.lcm(layout.context, layout.expert)
+    return max(smallest, environment.gpus // smallest * smallest)
+
+
+def start_ranks(config: RunConfig, world_size: int, *, gpus: int) -> None:
+    """Run a resolved and checked configuration on `world_size` processes of this machine.
+
+    Ranks with a GPU each are spawned, so that this process never touches CUDA; the others are forked from
+    this process, which has imported everything by then.
+    """
+    write_run_folder(config)
+    signal.signal(signal.SIGTERM, _leave)
+    if gpus >= world_size:
+        run_ranks(run_rank, world_size, config, start_method="spawn")
+        return
+    if gpus:
+        Console(stderr=True).print(f"{world_size} ranks and {gpus} GPUs: the ranks run on the CPU.")
+        hide_gpus()
+    import trainer.loop  # noqa: F401  # the ranks are forked warm
+
+    run_ranks(run_rank, world_size, config)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)  # unwinds, and so ends the ranks
+
+
+def _join(config: RunConfig, environment: Environment) -> None:
+    """Be one rank among those that torchrun or srun started."""
+    assert environment.master_address is not None
+    assert environment.master_port is not None
+    announce_rank(
+        environment.rank,
+        environment.world_size,
+        local_rank=environment.local_rank,
+        master=(environment.master_address, environment.master_port),
+    )
+    gpu = environment.gpus >= environment.local_world_size
+    if not gpu:
+        hide_gpus()
+    start_process_group(
+        environment.rank,
+        environment.world_size,
+        local_rank=environment.local_rank,
+        gpu=gpu,
+        threads=threads_per_rank(environment.local_world_size),
+    )
+    if environment.rank == 0:
+        write_run_folder(config)
+    import torch.distributed as dist
+
+    dist.barrier()
+    try:
+        run_rank(config)
+    except Exception as error:
+        raise RankError(environment.rank, traceback.format_exc(), message=user_message(error)) from None
+    dist.destroy_process_group()
+
+
+def write_run_folder(config: RunConfig) -> None:
+    """Make the run's folder and save the resolved configuration in it.
+
+    A `config.toml` of an earlier start that differs is kept beside it, numbered.
+    """
+    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    text = config_toml(config)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        number = sum(1 for _ in folder.glob("config.*.toml")) + 1
+        path.rename(folder / f"config.{number}.toml")
+    path.write_text(text, encoding="utf-8")
+
+
+def run_rank(config: RunConfig) -> None:
+    """Train on this rank, whose process group has started."""
+    import torch.distributed as dist
+    from trainer.loop import train as run_loop
+
+    rank, folder = dist.get_rank(), config.run.folder
+    console = Console(highlight=False, stderr=rank != 0)
+    start_logging(folder, rank=rank, console=console)
+    sink = SinkList(_sinks(config, console) if rank == 0 else ())
+    try:
+        run_loop(config, sink=sink)
+    except BaseException:
+        logging.getLogger(FAILURE).error("the run failed", exc_info=True)
+        raise
+    finally:
+        sink.close()
+
+
+def _sinks(config: RunConfig, console: Console) -> list[MetricSink]:
+    """Everything that takes the records of the run; the first rank's."""
+    folder = config.run.folder
+    sinks: list[MetricSink] = [Terminal(console), JsonLines(folder / "metrics.jsonl")]
+    if config.metrics.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard"))
+    return sinks

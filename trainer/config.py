@@ -1,0 +1,177 @@
+"""The run file as a whole: composes the sections, finds what is wrong with them, writes them back.
+
+Every section is a frozen model beside the code that it configures. Nothing here imports torch, so that a
+wrong run file is refused at once.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from checkpoint.config import CheckpointConfig
+from parallel.layout import Layout
+from parallel.settings import Settings
+from trainer.config_problems import explain, report
+from trainer.data.config import DataConfig
+from trainer.model.architecture import Architecture
+from trainer.model.config import ModelConfig
+from trainer.optimizer import OptimizerConfig
+from trainer.precision import PrecisionConfig
+from trainer.run_config import EvalConfig, MetricsConfig, RunSettings, TrainConfig
+from trainer.run_file import RunFile, apply_overrides, read_run_file, to_toml
+from trainer.schedule import Schedule, ScheduleConfig
+
+
+class RunConfig(Settings):
+    """Everything that a run file says."""
+
+    run: RunSettings = RunSettings()
+    model: ModelConfig
+    parallel: Layout = Layout()
+    data: DataConfig
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig.model_validate({})
+    eval: EvalConfig = EvalConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Token positions of one global batch."""
+        return self.train.global_batch * self.data.sequence_length
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches that each data-parallel rank runs in one step."""
+        return self.train.global_batch // (self.train.micro_batch * self.parallel.data(world_size))
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run file, with `--set` overrides applied.
+
+    Raises:
+        ValueError: listing every unknown, missing or ill-typed key with its line.
+    """
+    return parse_config(apply_overrides(read_run_file(path), overrides or []))
+
+
+def parse_config(run_file: RunFile) -> RunConfig:
+    """The frozen configuration of what a run file says. Raises ValueError as `load_config` does."""
+    try:
+        return RunConfig.model_validate(run_file.values)
+    except ValidationError as error:
+        problems = explain(error, run_file, RunConfig)
+    raise ValueError(report(run_file.name, problems))
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The same run with the model spelled out: it no longer depends on a preset, config.json or tokenizer.
+
+    Raises:
+        ValueError: when the model cannot be resolved; `validate` names the reasons among the others.
+    """
+    fields = architecture(config).model_dump()
+    return config.model_copy(update={"model": ModelConfig(**fields)})
+
+
+def architecture(config: RunConfig) -> Architecture:
+    """The complete architecture, its vocabulary taken from the tokenizer where the model says none."""
+    from trainer.data.tokenizer import load_tokenizer  # brings numpy, which no wrong key needs
+
+    return config.model.resolve(load_tokenizer(config.data.tokenizer, config.data.eod).vocab_size)
+
+
+def schedule(config: RunConfig) -> Schedule:
+    """The learning rate of this run as a function of the step."""
+    return Schedule(config.schedule, config.optimizer.lr, config.optimizer.min_lr, config.train.steps)
+
+
+def config_toml(config: RunConfig) -> str:
+    """The run file that loads as `config`."""
+    return to_toml(config.model_dump(mode="json", exclude_none=True))
+
+
+def validate(config: RunConfig, world_size: int) -> list[str]:
+    """Everything that keeps `config` from running on `world_size` ranks, as far as can be known before.
+
+    Looks at the sections together, at files, and at the tokenizer. Changes nothing and starts nothing.
+    """
+    problems = config.data.problems()
+    model: Architecture | None = None
+    if not any(problem.startswith("data.tokenizer") for problem in problems):
+        try:
+            model = architecture(config)
+        except ValueError as error:
+            problems += str(error).splitlines()
+    if model is not None:
+        problems += config.parallel.problems(world_size, **_layout_facts(config, model))
+        problems += _length_problems(config, model)
+    problems += _batch_problems(config, world_size)
+    problems += _step_problems(config)
+    if config.precision.fp8 != "off" and config.train.precision != "bf16":
+        problems.append(
+            f"precision.fp8 = {config.precision.fp8} needs bf16 around it, found train.precision = "
+            f"{config.train.precision}: set train.precision = bf16 or fp8 = off"
+        )
+    return problems
+
+
+def check_config(config: RunConfig, world_size: int, *, name: str) -> None:
+    """Raise one ValueError with all that `validate` finds wrong in the run file `name`."""
+    if problems := validate(config, world_size):
+        raise ValueError(report(name, problems))
+
+
+def _layout_facts(config: RunConfig, model: Architecture) -> dict[str, Any]:
+    return {
+        "num_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "ffn_hidden_size": model.mlp_size,
+        "num_experts": model.num_experts or None,
+        "sequence_length": config.data.sequence_length,
+    }
+
+
+def _length_problems(config: RunConfig, model: Architecture) -> list[str]:
+    length, limit = config.data.sequence_length, model.max_position_embeddings
+    if length <= limit:
+        return []
+    return [
+        f"data.sequence_length = {length} is longer than the {limit} positions of the model: shorten the "
+        f"sequences, or raise model.max_position_embeddings"
+    ]
+
+
+def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
+    data = config.parallel.data(world_size)
+    if data == 0 or world_size % config.parallel.model_parallel:
+        return []  # the layout's own problem
+    share = config.train.micro_batch * data
+    batch = config.train.global_batch
+    if batch % share:
+        up = -(-batch // share) * share
+        down = f"{batch // share * share} or " if batch >= share else ""
+        return [
+            f"train.global_batch = {batch} is not a multiple of {share} (train.micro_batch "
+            f"{config.train.micro_batch} x {data} data-parallel ranks): use {down}{up}"
+        ]
+    count, stages = batch // share, config.parallel.pipeline
+    if config.parallel.virtual_pipeline and count % stages:
+        return [
+            f"{count} micro-batches a step do not divide over parallel.pipeline = {stages}, which the "
+            f"interleaved schedule needs: use train.global_batch = {-(-count // stages) * stages * share}"
+        ]
+    return []
+
+
+def _step_problems(config: RunConfig) -> list[str]:
+    problems = schedule(config).problems()
+    if config.eval.every and not config.data.validation:
+        problems.append(
+            f"eval.every = {config.eval.every}, but there is nothing to evaluate on: add a "
+            "[[data.validation]] with name and path, or set eval.every = 0"
+        )
+    return problems
