@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -14,7 +12,6 @@ from trainer.precision import MEGATRON_FP8_RECIPE
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-    from megatron.core.optimizer import ParamKey
 
     from parallel.layout import Layout
     from trainer.model.transformer import Execution
@@ -83,11 +80,7 @@ def weight_decay(config: OptimizerConfig, name: str) -> float:
 def megatron_optimizer_config(
     config: OptimizerConfig, execution: Execution, layout: Layout
 ) -> MegatronOptimizerConfig:
-    """megatron-core's optimizer configuration.
-
-    Without clipping the limit is infinite rather than 0, because megatron-core measures the norm only when
-    it may clip.
-    """
+    """megatron-core's optimizer configuration; which parameters decay is told apart, by `weight_decay`."""
     import torch
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
@@ -104,39 +97,5 @@ def megatron_optimizer_config(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         fp8_recipe=MEGATRON_FP8_RECIPE.get(execution.fp8),
         use_distributed_optimizer=layout.distributed_optimizer,
-        clip_grad=config.clip or math.inf,
+        clip_grad=config.clip or 0.0,
     )
-
-
-def megatron_overrides(
-    config: OptimizerConfig, logical_names: Callable[[str], Iterable[str]]
-) -> dict[ParamKey, dict[str, Any]]:
-    """`config_overrides` of get_megatron_optimizer: the parameters that do not decay.
-
-    Args:
-        logical_names: of the logical tensors inside a megatron-core parameter, given its name.
-
-    Raises:
-        ValueError: while the optimizer is built, when a parameter has no logical name, or its logical
-            tensors do not decay alike.
-    """
-    from megatron.core.optimizer import ParamKey
-    from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
-
-    def undecayed(parameter: object, megatron_name: str) -> bool:
-        decays = {weight_decay(config, name) > 0 for name in logical_names(megatron_name)}
-        if len(decays) != 1:
-            raise ValueError(f"{megatron_name}: its logical tensors fall into {len(decays)} decay groups")
-        return not decays.pop()
-
-    if not config.weight_decay:
-        return {}
-    key = ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=undecayed))
-    # The schedule writes only lr, so the group carries its weight decay itself.
-    return {key: {"wd_mult": 0.0, "weight_decay": 0.0}}
-
-
-def set_learning_rate(param_groups: Iterable[dict[str, Any]], lr: float) -> None:
-    """Write the schedule's learning rate into every parameter group, before the optimizer's step."""
-    for group in param_groups:
-        group["lr"] = lr * group.get("lr_mult", 1.0)

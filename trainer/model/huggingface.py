@@ -13,8 +13,8 @@ _WITHOUT_EFFECT = frozenset(
     "_attn_implementation _name_or_path add_cross_attention architectures auto_map bos_token_id "
     "chunk_size_feed_forward dtype eos_token_id finetuning_task id2label is_decoder is_encoder_decoder "
     "label2id max_window_layers model_type output_attentions output_hidden_states pad_token_id "
-    "pretraining_tp problem_type return_dict task_specific_params tokenizer_class torch_dtype transformers_version "
-    "use_cache use_return_dict".split()
+    "pretraining_tp problem_type return_dict task_specific_params tokenizer_class torch_dtype "
+    "transformers_version use_cache use_return_dict".split()
 )
 _READ = frozenset(
     "attention_bias attention_dropout head_dim hidden_act hidden_size initializer_range intermediate_size "

@@ -83,24 +83,22 @@ def transformer_config(model: Architecture, layout: Layout, execution: Execution
     """megatron-core's configuration of `model` under `layout`.
 
     The loss function must return (sum, number of tokens, report): `calculate_per_token_loss` is on, so that
-    gradients are divided once, by the tokens of the whole mesh. Weights are not initialised here.
+    gradients are divided once, by the tokens of the whole mesh.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
-        **_architecture(model),
+        **_architecture(model, cuda=execution.cuda),
         **_experts(model, execution),
         **_layout(layout),
         **_execution(execution),
         calculate_per_token_loss=True,
-        perform_initialization=False,
-        use_cpu_initialization=not execution.cuda,
         transformer_impl="transformer_engine" if execution.transformer_engine else "local",
         cp_comm_type=layout.context_kind,
     )
 
 
-def _architecture(model: Architecture) -> dict[str, Any]:
+def _architecture(model: Architecture, *, cuda: bool) -> dict[str, Any]:
     import torch.nn.functional as F
 
     window: dict[str, Any] = {}
@@ -123,6 +121,8 @@ def _architecture(model: Architecture) -> dict[str, Any]:
         add_qkv_bias=model.qkv_bias,
         gated_linear_unit=model.gated,
         activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+        # megatron-core compiles the fused activation for GPUs, and an ungated one only with a bias.
+        bias_activation_fusion=cuda and (model.gated or model.linear_bias),
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_std,
@@ -179,7 +179,6 @@ def _execution(execution: Execution) -> dict[str, Any]:
         pipeline_dtype=dtype,
         deterministic_mode=execution.deterministic,
         # Fusions are compiled for GPUs; the last two need Apex or a fixed set of hidden sizes.
-        bias_activation_fusion=execution.cuda,
         bias_dropout_fusion=execution.cuda,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

@@ -1,0 +1,133 @@
+"""How much memory each rank needs, before anything starts.
+
+Weights, gradients and optimizer follow from the number of parameters (Rajbhandari et al. 2020, arXiv
+1910.02054, section 3.1). Activations are what the backward pass keeps of each layer, counted as
+Korthikanti et al. 2022 do (arXiv 2205.05198, section 4), here for our block: norms, grouped-query attention
+that keeps no scores, and a gated MLP; times the micro-batches that a pipeline stage has in flight (section
+4.3). Fragmentation, workspaces of the kernels and communication buffers come on top: plan for a tenth more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainer.model.architecture import Architecture
+from trainer.model.parameters import parameters_per_rank
+from trainer.model.transformer import padded_vocab_size
+
+if TYPE_CHECKING:
+    from parallel.layout import Layout
+    from trainer.model.transformer import Execution
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sizes of a step: tokens a sequence, sequences a micro-batch, micro-batches a step and rank."""
+
+    sequence_length: int
+    micro_batch: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on each rank of one pipeline stage.
+
+    Attributes:
+        optimizer: moments, and in bf16 the fp32 master weights.
+        logits: of the last stage, with their fp32 softmax.
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate_memory(
+    model: Architecture, layout: Layout, execution: Execution, *, world_size: int, batch: Batch
+) -> list[RankMemory]:
+    """Memory of a rank of every pipeline stage, first to last."""
+    number = 2 if execution.precision == "bf16" else 4
+    tokens = batch.micro_batch * batch.sequence_length // layout.context
+    layer = layer_activations(model, layout, execution) * tokens
+    kept = _boundary(model, layout) * number * tokens if execution.recompute == "full" else layer
+    states = 8 + (4 if execution.precision == "bf16" else 0)
+    dense_share, expert_share = _optimizer_shares(layout, world_size)
+    ranks = []
+    for rank in parameters_per_rank(model, layout, cuda=execution.cuda):
+        in_flight = _layers_in_flight(model, layout, rank.stage, batch.micro_batches)
+        activations = in_flight * kept + (layer if execution.recompute == "full" else 0)
+        last = rank.stage == layout.pipeline - 1
+        ranks.append(
+            RankMemory(
+                stage=rank.stage,
+                weights=rank.total * number,
+                gradients=rank.total * 4,
+                optimizer=states * rank.dense // dense_share + states * rank.expert // expert_share,
+                activations=activations,
+                logits=_logits(model, layout, execution) * tokens if last else 0,
+            )
+        )
+    return ranks
+
+
+def layer_activations(model: Architecture, layout: Layout, execution: Execution) -> int:
+    """Bytes that one layer keeps for its backward pass, per token of the rank's share of the sequence.
+
+    In numbers, before the split over tensor ranks: the inputs of two norms and of two linear layers, 4
+    hidden; q, k, v and the attention's output, 2 query + 2 key/value, and the inputs of QK-norm; the MLP's
+    fc1 output, activation and product. The tensor ranks split the inner widths, and with sequence parallelism
+    the hidden width as well.
+    """
+    number = 2 if execution.precision == "bf16" else 4
+    inner = 2 * model.query_size + 2 * model.key_value_size
+    inner += model.query_size + model.key_value_size if model.qk_norm else 0
+    # fc1's output (gate and up), the product; unfused, the activated gate is kept as well.
+    widths = (3 if execution.cuda else 4) if model.gated else 2
+    mlp = widths * model.mlp_size
+    hidden = 4 * _boundary(model, layout)
+    softmax = 4 * model.num_attention_heads // layout.tensor
+    if not model.num_experts:
+        return number * (hidden + (inner + mlp) // layout.tensor) + softmax
+    # Every token is copied to its experts, and every expert's result is kept to be weighted.
+    routed = model.experts_per_token * (2 * _boundary(model, layout) + mlp // layout.tensor)
+    router = 4 * 3 * model.num_experts // (layout.tensor if layout.sequence_parallel else 1)
+    return number * (hidden + inner // layout.tensor + routed) + softmax + router
+
+
+def _boundary(model: Architecture, layout: Layout) -> int:
+    """Numbers per token between layers: sequence parallelism splits them over the tensor ranks."""
+    return model.hidden_size // (layout.tensor if layout.sequence_parallel else 1)
+
+
+def _layers_in_flight(model: Architecture, layout: Layout, stage: int, micro_batches: int) -> int:
+    """Layers times micro-batches whose activations a stage keeps at its fullest (1F1B and interleaved)."""
+    chunks, stages = layout.chunks, layout.pipeline
+    per_chunk = model.num_layers // (stages * chunks)
+    ahead = stages - stage - 1
+    if chunks > 1:
+        ahead = 2 * ahead + (chunks - 1) * stages
+    return per_chunk * min(ahead + 1, micro_batches * chunks)
+
+
+def _logits(model: Architecture, layout: Layout, execution: Execution) -> int:
+    """Bytes per token: the logits, and the fp32 softmax that the loss keeps."""
+    rows = padded_vocab_size(model.vocab_size, layout.tensor, cuda=execution.cuda) // layout.tensor
+    return rows * ((2 if execution.precision == "bf16" else 4) + 4)
+
+
+def _optimizer_shares(layout: Layout, world_size: int) -> tuple[int, int]:
+    """Ranks that share one copy of the states of dense parameters, and of expert ones."""
+    if not layout.distributed_optimizer:
+        return 1, 1
+    spread = world_size // (layout.tensor * layout.pipeline)
+    return spread, max(1, spread // layout.expert)
