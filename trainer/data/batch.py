@@ -1,0 +1,36 @@
+"""What a step consumes: whole sequences with everything that is known about each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`b` whole sequences of `s` tokens, not sliced for context parallelism."""
+
+    tokens: Tensor
+    """int64 [b, s]"""
+    labels: Tensor
+    """int64 [b, s], the next token"""
+    loss_weights: Tensor
+    """float32 [b, s], 0 where the label is padding or belongs to the next document"""
+    positions: Tensor
+    """int64 [b, s], restarts at every document"""
+    documents: Tensor
+    """int32 [b, s], number of the document inside its sequence, from 0; padding is a document of its own"""
+    sources: Tensor
+    """int32 [b, s], index of the source"""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
+        """The same micro-batch on `device`."""
+        moved: dict[str, Any] = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in fields(self)
+        }
+        return MicroBatch(**moved)

@@ -1,0 +1,97 @@
+"""`[data]`: which files a run reads, with which tokenizer, in what proportion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from parallel.settings import Settings
+
+
+def _without_extension(path: str) -> str:
+    """`corpus`, `corpus.bin` and `corpus.idx` all name the same pair of files."""
+    return path[:-4] if path.endswith((".bin", ".idx")) else path
+
+
+Name = Annotated[str, Field(min_length=1)]
+Prefix = Annotated[str, Field(min_length=1), AfterValidator(_without_extension)]
+
+
+class SourceConfig(Settings):
+    """`[[data.sources]]`: one prepared corpus and its share of the training sequences."""
+
+    name: Name
+    """How losses, reports and checkpoints call it; also part of the seed of its order."""
+    path: Prefix
+    """Path of the Megatron pair PATH.bin and PATH.idx, with or without the extension."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Share of the sequences, relative to the other sources' weights."""
+
+
+class ValidationConfig(Settings):
+    """`[[data.validation]]`: one held-out corpus, read in file order and never trained on."""
+
+    name: Name
+    path: Prefix
+
+
+class DataConfig(Settings):
+    """`[data]`: the tokenizer, the sequences, and the corpora they are cut from."""
+
+    tokenizer: Name = "bytes"
+    """`bytes`, a tokenizer.json or a folder that has one, or a SentencePiece .model."""
+    eod: str | None = None
+    """Token that ends a document; None takes the one that the tokenizer declares."""
+    sequence_length: int = Field(default=1024, gt=0)
+    """Tokens in a sequence."""
+    sources: tuple[SourceConfig, ...] = ()
+    validation: tuple[ValidationConfig, ...] = ()
+    document_mask: bool = True
+    """Attention stops at the borders of documents and positions restart there. Off: one sequence is one
+    context, whatever it holds. The loss skips the first token of a document either way."""
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> DataConfig:
+        problems: list[str] = []
+        for section, entries in (("sources", self.sources), ("validation", self.validation)):
+            names = [entry.name for entry in entries]
+            problems += [
+                f"data.{section}: {names.count(name)} entries are named {name!r}; give each its own name"
+                for name in dict.fromkeys(names)
+                if names.count(name) > 1
+            ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def problems(self) -> list[str]:
+        """What keeps these files from being read, without opening them; empty when nothing does."""
+        found: list[str] = []
+        if not self.sources:
+            found.append(
+                "data.sources: no source to train on; add a [[data.sources]] with name, path and weight"
+            )
+        for section, entries in (("sources", self.sources), ("validation", self.validation)):
+            for entry in entries:
+                found += [f"data.{section} {entry.name!r}: {text}" for text in _pair_problems(entry.path)]
+        if self.tokenizer != "bytes" and not Path(self.tokenizer).exists():
+            found.append(
+                f"data.tokenizer: {self.tokenizer} does not exist; expected 'bytes', a tokenizer.json, a "
+                "folder that has one, or a SentencePiece .model"
+            )
+        return found
+
+
+def _pair_problems(prefix: str) -> list[str]:
+    missing = [prefix + suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+    if not missing:
+        return []
+    if len(missing) == 1:
+        return [f"{missing[0]} is missing; its partner is there, so copy it again or prepare the data again"]
+    if Path(prefix).exists():
+        return [
+            f"{prefix} is not prepared yet; run: ratoon data prepare {prefix} --output PREFIX --tokenizer T"
+        ]
+    return [f"{missing[0]} and {missing[1]} do not exist; make them with: ratoon data prepare"]

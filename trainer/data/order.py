@@ -1,0 +1,165 @@
+"""The order of a source's tokens: each epoch its documents in another shuffled order, one after the other.
+
+A source is an endless stream of tokens, epoch after epoch; a place in it is one integer. The shuffle is a
+stateless permutation, so no epoch is ever laid out in memory: only the token count of every block of
+documents that has been passed is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from dataclasses import dataclass
+from math import isqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.indexed import IndexedReader
+
+BLOCK = 1024
+"""Documents whose order and lengths are worked out together."""
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Runs of tokens in the order they are read; a run never holds more than one document."""
+
+    documents: NDArray[np.int64]
+    """[n] number of the document in the file"""
+    begins: NDArray[np.int64]
+    """[n] first token, counted from the start of the file"""
+    lengths: NDArray[np.int64]
+    """[n] tokens, all above 0"""
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
+class SourceOrder:
+    """The endless token stream of one source."""
+
+    def __init__(self, corpus: IndexedReader, *, seed: int, name: str) -> None:
+        """`seed` and `name` decide the order, and nothing else does: no other source, no layout."""
+        self.corpus = corpus
+        self._seed = seed
+        self._name = name
+        self._epochs: dict[int, _Epoch] = {}
+
+    def spans(self, first: int, count: int) -> Spans:
+        """The runs that make up tokens first, ..., first + count - 1 of the stream."""
+        pieces: list[Spans] = []
+        while count > 0:
+            number, place = divmod(first, self.corpus.num_tokens)
+            taken = min(count, self.corpus.num_tokens - place)
+            pieces += self._epoch(number).spans(place, taken)
+            first, count = first + taken, count - taken
+        return _join(pieces)
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            self._epochs = {old: epoch for old, epoch in self._epochs.items() if old == number - 1}
+            self._epochs[number] = _Epoch(self.corpus, _key(self._seed, self._name, number))
+        return self._epochs[number]
+
+
+def file_spans(corpus: IndexedReader) -> Spans:
+    """All documents in the order of the file, once."""
+    return _join(_Epoch(corpus, None).spans(0, corpus.num_tokens))
+
+
+class _Epoch:
+    """One pass over the documents; finds the documents at a token without having listed them all."""
+
+    def __init__(self, corpus: IndexedReader, key: int | None) -> None:
+        self._corpus = corpus
+        self._key = key
+        self._starts = [0]  # first token of each block so far, and of the next one
+        self._last: tuple[int, Spans] | None = None
+
+    def spans(self, first: int, count: int) -> list[Spans]:
+        while self._starts[-1] <= first:
+            self._block(len(self._starts) - 1)
+        block = bisect_right(self._starts, first) - 1
+        pieces: list[Spans] = []
+        while count > 0:
+            whole = self._block(block)
+            piece = cut(whole, first - self._starts[block], count)
+            taken = int(piece.lengths.sum())
+            pieces.append(piece)
+            first, count, block = first + taken, count - taken, block + 1
+        return pieces
+
+    def _block(self, block: int) -> Spans:
+        if self._last is not None and self._last[0] == block:
+            return self._last[1]
+        documents = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self._corpus)), dtype=np.int64)
+        if self._key is not None:
+            documents = permute(documents, len(self._corpus), self._key)
+        begins, lengths = self._corpus.spans(documents)
+        kept = lengths > 0
+        spans = Spans(documents[kept], begins[kept], lengths[kept])
+        if block == len(self._starts) - 1:
+            self._starts.append(self._starts[block] + int(spans.lengths.sum()))
+        self._last = (block, spans)
+        return spans
+
+
+def permute(indices: NDArray[np.int64], count: int, key: int) -> NDArray[np.int64]:
+    """Where a key-dependent permutation of 0, ..., count - 1 sends `indices`, without listing the others.
+
+    A Feistel network over a rectangle just larger than `count`, walked again by whoever lands outside (Black
+    and Rogaway 2002, "Ciphers with arbitrary finite domains", section 4 and cycle walking of section 3).
+    """
+    rows = isqrt(max(0, count - 1)) + 1
+    columns = -(-count // rows)
+    result = _feistel(indices.astype(np.uint64), rows, columns, key)
+    outside = np.flatnonzero(result >= count)
+    while len(outside):
+        result[outside] = _feistel(result[outside], rows, columns, key)
+        outside = outside[result[outside] >= count]
+    return result.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], rows: int, columns: int, key: int) -> NDArray[np.uint64]:
+    high, low = np.divmod(values, np.uint64(columns))
+    for turn in range(ROUNDS):
+        high = (high + _mix(low, key + 2 * turn)) % np.uint64(rows)
+        low = (low + _mix(high, key + 2 * turn + 1)) % np.uint64(columns)
+    return high * np.uint64(columns) + low
+
+
+def _mix(values: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+    """A 62-bit hash: the finaliser of SplitMix64 (Steele, Lea, Flood 2014, figure 14)."""
+    mixed = values + np.uint64(key * 0x9E3779B97F4A7C15 % 2**64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(2)
+
+
+def _key(seed: int, name: str, epoch: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{epoch}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def cut(spans: Spans, first: int, count: int) -> Spans:
+    """At most `count` tokens of these spans, from their token number `first` on."""
+    ends = np.cumsum(spans.lengths)
+    starts = ends - spans.lengths
+    low = int(np.searchsorted(ends, first, side="right"))
+    high = int(np.searchsorted(starts, first + count, side="left"))
+    part = slice(low, high)
+    skipped = np.maximum(first - starts[part], 0)
+    lengths = np.minimum(ends[part], first + count) - starts[part] - skipped
+    return Spans(spans.documents[part], spans.begins[part] + skipped, lengths)
+
+
+def _join(pieces: list[Spans]) -> Spans:
+    if len(pieces) == 1:
+        return pieces[0]
+    return Spans(
+        np.concatenate([piece.documents for piece in pieces]),
+        np.concatenate([piece.begins for piece in pieces]),
+        np.concatenate([piece.lengths for piece in pieces]),
+    )

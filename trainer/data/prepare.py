@@ -1,0 +1,241 @@
+"""Text files to Megatron's .bin/.idx, by as many processes as there are, with the same bytes for any
+number."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from trainer.data.documents import BadRecord, Chunk, Inputs, find_inputs, parse, read_chunks
+from trainer.data.indexed import token_dtype
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.writer import OutputFolder, PairWriter
+
+EXAMPLES = 5
+
+
+class BadRecordError(ValueError):
+    """The first bad record of a strict run."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What `ratoon data prepare` is told."""
+
+    inputs: tuple[str, ...]
+    output: str
+    """prefix of the files to write"""
+    tokenizer: str = "bytes"
+    eod: str | None = None
+    text_key: str = "text"
+    suffixes: tuple[str, ...] = ()
+    workers: int = 1
+    strict: bool = False
+    validation_share: float = 0.0
+    """Share of the documents, chosen by a hash of their text, that goes to PREFIX-validation instead."""
+    overwrite: bool = False
+
+
+@dataclass
+class PrepareReport:
+    """How far it is, and in the end what came of it. Counts are over both outputs."""
+
+    input_bytes: int = 0
+    """of all inputs, as they are on disk"""
+    read_bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    validation_documents: int = 0
+    validation_tokens: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    bad_examples: list[str] = field(default_factory=list)
+    """the first few, as `file:line: reason`"""
+    left_out: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    outputs: list[str] = field(default_factory=list)
+    """prefixes that were written"""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Documents of one chunk that go to the same output."""
+
+    tokens: NDArray[Any]
+    """[total], every document closed by its EOD, in the type of the file"""
+    lengths: NDArray[np.int32]
+    """[documents]"""
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a worker makes of a chunk."""
+
+    consumed: int
+    train: Part
+    validation: Part
+    bad: list[BadRecord]
+
+
+class Encoder:
+    """Turns chunks into tokens; each process has its own."""
+
+    def __init__(self, tokenizer: Tokenizer, options: PrepareOptions) -> None:
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._text_key = options.text_key
+        self._threshold = int(options.validation_share * 2**64)
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """Parse, split and encode."""
+        train: list[str] = []
+        validation: list[str] = []
+        bad: list[BadRecord] = []
+        for record in parse(chunk, self._text_key):
+            if isinstance(record, BadRecord):
+                bad.append(record)
+            elif self._threshold and xxhash.xxh3_64_intdigest(record.encode()) < self._threshold:
+                validation.append(record)
+            else:
+                train.append(record)
+        return Encoded(chunk.consumed, self._encode(train), self._encode(validation), bad)
+
+    def _encode(self, texts: list[str]) -> Part:
+        ids, lengths = self._tokenizer.encode_batch(texts)
+        closed = np.insert(ids, np.cumsum(lengths), self._tokenizer.eod_id)
+        size = sum(len(text.encode()) for text in texts)
+        return Part(closed.astype(self._dtype), (lengths + 1).astype(np.int32), size)
+
+
+def prepare(
+    options: PrepareOptions, on_progress: Callable[[PrepareReport], None] = lambda report: None
+) -> PrepareReport:
+    """Write PREFIX.bin, .idx and .json, and PREFIX-validation when asked for; all of it or nothing.
+
+    Raises:
+        BadRecordError: a record is bad and the run is strict.
+        ValueError: inputs, output or tokenizer do not fit; lists what and how to mend it.
+    """
+    started = time.monotonic()
+    inputs = _check(options)
+    tokenizer = load_tokenizer(options.tokenizer, options.eod)
+    report = PrepareReport(input_bytes=sum(file.size for file in inputs.files), left_out=inputs.left_out)
+    prefixes = [options.output] + [options.output + "-validation"] * (options.validation_share > 0)
+    with OutputFolder(prefixes, overwrite=options.overwrite) as folder:
+        writers = [PairWriter(folder.path, prefix, token_dtype(tokenizer.vocab_size)) for prefix in prefixes]
+        for encoded in _encode_all(Encoder(tokenizer, options), options, read_chunks(inputs.files)):
+            _count(encoded, report)
+            if encoded.bad and options.strict:
+                raise BadRecordError(
+                    f"{encoded.bad[0]}; mend it, or run without --strict to skip and count it"
+                )
+            for writer, part in zip(writers, (encoded.train, encoded.validation), strict=False):
+                writer.add(part.tokens, part.lengths, part.text_bytes)
+            report.seconds = time.monotonic() - started
+            on_progress(report)
+        for writer in writers:
+            if not writer.documents:
+                raise ValueError(_nothing_for(writer.prefix, report, options))
+            writer.finish(options.tokenizer, options.eod, tokenizer, list(options.inputs), dict(report.bad))
+        folder.publish()
+    report.outputs = prefixes
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _check(options: PrepareOptions) -> Inputs:
+    problems: list[str] = []
+    if not 0 <= options.validation_share < 1:
+        problems.append(f"validation share is {options.validation_share}; expected at least 0 and below 1")
+    if options.workers < 1:
+        problems.append(f"workers is {options.workers}; expected at least 1")
+    inputs = Inputs([])
+    try:
+        inputs = find_inputs(options.inputs, options.suffixes)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return inputs
+
+
+def _count(encoded: Encoded, report: PrepareReport) -> None:
+    report.read_bytes += encoded.consumed
+    for part in (encoded.train, encoded.validation):
+        report.documents += len(part.lengths)
+        report.tokens += len(part.tokens)
+        report.text_bytes += part.text_bytes
+    report.validation_documents += len(encoded.validation.lengths)
+    report.validation_tokens += len(encoded.validation.tokens)
+    report.bad.update(record.reason for record in encoded.bad)
+    report.bad_examples += [str(record) for record in encoded.bad[: EXAMPLES - len(report.bad_examples)]]
+
+
+def _nothing_for(prefix: str, report: PrepareReport, options: PrepareOptions) -> str:
+    if report.documents:
+        return (
+            f"{prefix}: none of the {report.documents} documents fell there with a validation share of "
+            f"{options.validation_share}; choose a share that fits so few documents"
+        )
+    bad = "; ".join(report.bad_examples)
+    return f"{prefix}: no document in {', '.join(options.inputs)}" + (f"; bad records: {bad}" if bad else "")
+
+
+def _encode_all(encoder: Encoder, options: PrepareOptions, chunks: Iterator[Chunk]) -> Iterator[Encoded]:
+    """Encode every chunk, in order; a few chunks a worker are under way at any time."""
+    if options.workers == 1:
+        yield from map(encoder, chunks)
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(options.workers, context, _start_worker, (options,))
+    under_way: deque[Future[Encoded]] = deque()
+    try:
+        for chunk in chunks:
+            under_way.append(pool.submit(_work, chunk))
+            if len(under_way) >= 4 * options.workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encoder: Encoder | None = None
+
+
+def _start_worker(options: PrepareOptions) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(load_tokenizer(options.tokenizer, options.eod), options)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(chunk: Chunk) -> Encoded:
+    assert _encoder is not None, "the worker has not been started"
+    return _encoder(chunk)

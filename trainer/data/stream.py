@@ -1,0 +1,244 @@
+"""The batches of a run: which tokens make up step k, for whoever asks, in whatever layout.
+
+Three pieces, each with a small explicit state, follow each other: the mixture says which source the n-th
+sequence comes from (`Mixture`), the source's order says which tokens its k-th sequence holds (`SourceOrder`),
+and packing cuts them out (`pack`). n is the position since the mixture began: step * global_batch + i.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.data.batch import MicroBatch
+from trainer.data.config import DataConfig
+from trainer.data.corpus import open_corpora
+from trainer.data.indexed import IndexedReader
+from trainer.data.mixture import Mixture
+from trainer.data.order import SourceOrder, Spans, cut, file_spans
+from trainer.data.packing import pack
+from trainer.data.position import Position
+from trainer.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Where the sequences of one step come from; no token has been read yet."""
+
+    sources: NDArray[np.int32]
+    """[global_batch] index of the source of each sequence"""
+    rows: NDArray[np.int64]
+    """[global_batch] number of the sequence inside its source's spans"""
+    spans: dict[int, Spans]
+    """by source: its tokens of this step, and the one behind them that is the last label"""
+
+    @property
+    def valid_tokens(self) -> int:
+        """Sum of the loss weights of the whole step: every token of a span but its last has a label."""
+        return sum(int(spans.lengths.sum()) - len(spans) for spans in self.spans.values())
+
+
+class Batches:
+    """Deals planned steps out to data ranks and micro-batches; what training and validation share."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        names: tuple[str, ...],
+        corpora: list[IndexedReader],
+        global_batch: int,
+    ) -> None:
+        self.source_names = names
+        self.tokenizer = tokenizer
+        self.global_batch = global_batch
+        self.sequence_length = config.sequence_length
+        self._document_mask = config.document_mask
+        self._corpora = corpora
+        self._planned: tuple[int, StepPlan] | None = None
+
+    def plan(self, step: int) -> StepPlan:
+        """Where the sequences of `step` come from."""
+        if self._planned is None or self._planned[0] != step:
+            self._planned = (step, self._plan(step))
+        return self._planned[1]
+
+    def _plan(self, step: int) -> StepPlan:
+        raise NotImplementedError
+
+    def valid_tokens(self, step: int) -> int:
+        """Sum of the loss weights over the whole step: all data ranks, all micro-batches. Reads no token."""
+        return self.plan(step).valid_tokens
+
+    def micro_batches(
+        self, step: int, *, data_rank: int, data_size: int, micro_batch: int
+    ) -> list[MicroBatch]:
+        """The micro-batches of `step` for one of `data_size` data-parallel ranks.
+
+        A pure function; micro-batch m of rank r holds sequences (m * data_size + r) * micro_batch + j of the
+        step.
+
+        Raises:
+            ValueError: the global batch does not divide evenly, or the data hold an id the tokenizer lacks.
+        """
+        group = data_size * micro_batch
+        if self.global_batch % group:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is not a multiple of data-parallel size {data_size} "
+                f"x train.micro_batch {micro_batch} = {group}; change one of the three"
+            )
+        slots = np.arange(self.global_batch).reshape(-1, data_size, micro_batch)[:, data_rank].reshape(-1)
+        full = self._read(self.plan(step), slots)
+        return [
+            MicroBatch(*(one[at : at + micro_batch] for one in full))
+            for at in range(0, len(slots), micro_batch)
+        ]
+
+    def _read(self, plan: StepPlan, slots: NDArray[np.int64]) -> list[torch.Tensor]:
+        """The fields of a MicroBatch for these sequences of the step, [slots, s] each."""
+        shape = (len(slots), self.sequence_length)
+        kinds = (np.int64, np.int64, np.float32, np.int64, np.int32, np.int32)
+        tokens, labels, loss_weights, positions, documents, sources = (
+            np.empty(shape, kind) for kind in kinds
+        )
+        for source in np.unique(plan.sources[slots]).tolist():
+            chosen = np.flatnonzero(plan.sources[slots] == source)
+            packed = pack(
+                self._corpora[source].tokens,
+                plan.spans[source],
+                plan.rows[slots[chosen]],
+                length=self.sequence_length,
+                fill=self.tokenizer.eod_id,
+                document_mask=self._document_mask,
+            )
+            self._check_ids(source, packed.tokens, packed.labels[:, -1])
+            tokens[chosen] = packed.tokens
+            labels[chosen] = packed.labels
+            loss_weights[chosen] = packed.loss_weights
+            positions[chosen] = packed.positions
+            documents[chosen] = packed.documents
+            sources[chosen] = source
+        return [
+            torch.from_numpy(one) for one in (tokens, labels, loss_weights, positions, documents, sources)
+        ]
+
+    def _check_ids(self, source: int, *ids: NDArray[np.int64]) -> None:
+        low, high = min(int(one.min()) for one in ids), max(int(one.max()) for one in ids)
+        if low < 0 or high >= self.tokenizer.vocab_size:
+            raise ValueError(
+                f"source {self.source_names[source]!r} ({self._corpora[source].prefix}): holds token id "
+                f"{low if low < 0 else high}, the tokenizer has ids 0 to {self.tokenizer.vocab_size - 1}; "
+                "prepare the data with the tokenizer of this run"
+            )
+
+
+class TokenStream(Batches):
+    """The training batches."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the sources; `state` is what `state()` returned in the run that this one goes on from.
+
+        With the same sources, weights, sequence length and global batch, a resumed run goes on as if it had
+        never stopped. Where one of them has changed, a new mixture begins at the step of the state, and each
+        source goes on from the token that it had reached.
+
+        Raises:
+            ValueError: lists everything that is wrong with the files.
+        """
+        tokenizer, corpora, _ = open_corpora(config)
+        names = tuple(source.name for source in config.sources)
+        super().__init__(config, tokenizer, names=names, corpora=corpora, global_batch=global_batch)
+        self._orders = [
+            SourceOrder(corpus, seed=seed, name=name) for name, corpus in zip(names, corpora, strict=True)
+        ]
+        weights = [source.weight for source in config.sources]
+        self._mixture = Mixture(weights)
+        self._position = Position.begin(
+            seed=seed,
+            sequence_length=config.sequence_length,
+            global_batch=global_batch,
+            weights=dict(zip(names, weights, strict=True)),
+            sizes={name: corpus.num_tokens for name, corpus in zip(names, corpora, strict=True)},
+        )
+        if state is not None:
+            self._position = self._position.resume(state)
+            if self._position.same_mixture(state):
+                at = state["step"] - self._position.first_step
+                self._mixture.resume(at * global_batch, self._position.counts(state))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The data position before `step`: JSON, independent of the layout."""
+        return self._position.state(step, self._mixture.counts(self._number(step)))
+
+    def _number(self, step: int) -> int:
+        if step < self._position.first_step:
+            raise ValueError(
+                f"step {step}: this mixture began at step {self._position.first_step}; load the checkpoint "
+                "of that step with the [data] it was written under"
+            )
+        return (step - self._position.first_step) * self.global_batch
+
+    def _plan(self, step: int) -> StepPlan:
+        sources, numbers = self._mixture.deal(self._number(step), self.global_batch)
+        rows = np.empty_like(numbers)
+        spans: dict[int, Spans] = {}
+        length = self.sequence_length
+        for source in np.unique(sources).tolist():
+            chosen = sources == source
+            first = int(numbers[chosen][0])
+            rows[chosen] = numbers[chosen] - first
+            begin = self._position.starts[self.source_names[source]] + first * length
+            spans[source] = self._orders[source].spans(begin, int(chosen.sum()) * length + 1)
+        return StepPlan(sources, rows, spans)
+
+
+class ValidationStream(Batches):
+    """One held-out set in file order, once: every token is a label exactly once, except first ones of
+    documents.
+
+    It is cut into steps of `global_batch` sequences like training, so that every data rank and every pipeline
+    sees the number of micro-batches it is used to. What is missing in the last step is padding without loss
+    weight.
+    """
+
+    def __init__(self, config: DataConfig, name: str, *, global_batch: int) -> None:
+        """Open the validation set called `name`.
+
+        Raises:
+            ValueError: there is no such set, or lists everything that is wrong with the files.
+        """
+        names = [one.name for one in config.validation]
+        if name not in names:
+            raise ValueError(f"no validation set {name!r}; [[data.validation]] has {names}")
+        tokenizer, _, corpora = open_corpora(config)
+        corpus = corpora[names.index(name)]
+        super().__init__(config, tokenizer, names=(name,), corpora=[corpus], global_batch=global_batch)
+        self.name = name
+        self._spans = file_spans(corpus)
+        sequences = max(1, -(-(corpus.num_tokens - 1) // config.sequence_length))
+        self.steps = -(-sequences // global_batch)
+        """Steps that cover the whole set."""
+
+    def _plan(self, step: int) -> StepPlan:
+        if not 0 <= step < self.steps:
+            raise ValueError(f"validation set {self.name!r} has steps 0 to {self.steps - 1}, not {step}")
+        count = self.global_batch * self.sequence_length
+        spans = cut(self._spans, step * count, count + 1)
+        rows = np.arange(self.global_batch, dtype=np.int64)
+        return StepPlan(np.zeros(self.global_batch, np.int32), rows, {0: spans})

@@ -1,0 +1,122 @@
+"""Writing prepared corpora so that a pair of files is either whole or not there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.corpus import Sidecar, read_sidecar
+from trainer.data.indexed import write_index
+from trainer.data.tokenizer import Tokenizer
+
+SUFFIXES = (".bin", ".json", ".idx")
+"""In the order in which they appear: nothing opens a corpus that has no .idx."""
+
+
+class OutputFolder:
+    """A hidden folder beside the outputs, gone when the work ends, however it ends; a killed run leaves it
+    behind
+    and the next one for the same output clears it."""
+
+    def __init__(self, prefixes: Sequence[str], *, overwrite: bool) -> None:
+        """Raises ValueError when an output exists and may not be replaced."""
+        existing = [p + suffix for p in prefixes for suffix in SUFFIXES if os.path.exists(p + suffix)]
+        if existing and not overwrite:
+            raise ValueError(
+                f"{', '.join(existing)} exists already; choose another output or pass --overwrite"
+            )
+        self._prefixes = [Path(prefix) for prefix in prefixes]
+        self.path = self._prefixes[0].with_name(f".{self._prefixes[0].name}.partial")
+        self._lock = -1
+
+    def __enter__(self) -> OutputFolder:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise ValueError(
+                f"another process is writing {self._prefixes[0]}; wait for it, or end it"
+            ) from error
+        for leftover in self.path.iterdir():
+            leftover.unlink()
+        return self
+
+    def publish(self) -> None:
+        """Move the finished files to their places, each set's index last."""
+        for prefix in self._prefixes:
+            Path(f"{prefix}.idx").unlink(missing_ok=True)
+        for prefix in self._prefixes:
+            for suffix in SUFFIXES:
+                os.replace(self.path / (prefix.name + suffix), f"{prefix}{suffix}")
+        _sync(self.path.parent)
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path)
+        os.close(self._lock)
+
+
+class PairWriter:
+    """One corpus being written into a folder."""
+
+    def __init__(self, folder: Path, prefix: str, dtype: type[np.generic]) -> None:
+        self.prefix = prefix
+        self.documents = 0
+        self.tokens = 0
+        self._text_bytes = 0
+        self._base = folder / Path(prefix).name
+        self._dtype = dtype
+        self._lengths: list[NDArray[np.int32]] = []
+        self._bin = open(f"{self._base}.bin", "wb")
+
+    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int32], text_bytes: int) -> None:
+        """Append documents: their tokens one after the other, and how many each has."""
+        self._bin.write(tokens.data)
+        self._lengths.append(lengths)
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+        self._text_bytes += text_bytes
+
+    def finish(
+        self, spec: str, eod: str | None, tokenizer: Tokenizer, inputs: list[str], bad_records: dict[str, int]
+    ) -> None:
+        """Write the index and the sidecar, and put all three safely on the disk."""
+        _close(self._bin)
+        with open(f"{self._base}.idx", "wb") as file:
+            write_index(file, self._dtype, self._lengths)
+            _close(file)
+        Sidecar(
+            tokenizer=spec,
+            eod=eod,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self._text_bytes,
+            inputs=inputs,
+            bad_records=bad_records,
+            ratoon=version("ratoon"),
+        ).write(Path(f"{self._base}.json"))
+
+
+def _close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
