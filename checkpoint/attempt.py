@@ -1,0 +1,167 @@
+"""One attempt to save one step, as its ranks see it: they meet through the file system.
+
+Background threads must not enter collectives (the training step is inside others at that time), so:
+
+    rank 0     makes step-N.partial-ID/ and locks WRITING in it; the others wait for that
+    each rank  writes rank-R.safetensors, then rank-R.json, which says that it is whole; or rank-R.error
+    rank 0     gathers these, writes manifest.json, renames the folder to step-N/, marks it COMPLETE;
+               or writes FAILED
+    the others wait for COMPLETE with this attempt's ID, or FAILED
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from checkpoint import folder as on_disk
+from checkpoint.manifest import MANIFEST
+
+FAILED = "FAILED"
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class SaveError(RuntimeError):
+    """A checkpoint was not saved. The ones before it are untouched."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Where one save writes and how its ranks hear of each other.
+
+    Attributes:
+        folder: of all checkpoints of the run, on a file system that all ranks share.
+        key: the same on all ranks, and different for every attempt.
+        deadline: seconds to wait for other ranks.
+    """
+
+    folder: Path
+    step: int
+    key: str
+    rank: int
+    world_size: int
+    deadline: float
+
+    @property
+    def partial(self) -> Path:
+        return self.folder / f"{on_disk.step_name(self.step)}.partial-{self.key}"
+
+    @property
+    def final(self) -> Path:
+        return self.folder / on_disk.step_name(self.step)
+
+    @property
+    def data_file(self) -> Path:
+        return self.partial / f"rank-{self.rank:05d}.safetensors"
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Rank 0 makes the folder and holds its lock inside this block; the others wait until it is there."""
+        if self.rank == 0:
+            self.partial.mkdir(parents=True)
+        else:
+            self._wait_for("rank 0 to start the save", lambda: (self.partial / on_disk.WRITING).exists())
+        with on_disk.writing(self.partial) if self.rank == 0 else nullcontext():
+            yield
+
+    def publish(self, index: bytes) -> None:
+        """Say that this rank's file is whole; `index` is its manifest."""
+        on_disk.write_durably(self.partial / f"rank-{self.rank:05d}.json", index)
+
+    def report(self, error: BaseException) -> None:
+        """Tell the others that this rank has failed. Never raises: the error is on its way already."""
+        with suppress(OSError):
+            self.data_file.unlink(missing_ok=True)  # on a full disk, makes room for the report
+        name = FAILED if self.rank == 0 else f"rank-{self.rank:05d}.error"
+        text = str(error) if isinstance(error, SaveError) else self.describe(error)
+        try:
+            on_disk.write_durably(self.partial / name, text.encode())
+        except OSError:
+            if self.rank == 0:  # a folder that vanishes is a message too
+                shutil.rmtree(self.partial, ignore_errors=True)
+
+    def gather(self) -> list[bytes]:
+        """Rank 0: every rank's index.
+
+        Raises:
+            SaveError: a rank has failed, or is silent for longer than the deadline; it is named.
+        """
+        indices = {rank: self.partial / f"rank-{rank:05d}.json" for rank in range(self.world_size)}
+
+        def everybody() -> bool:
+            names = set(os.listdir(self.partial))
+            for name in sorted(names):
+                if name.endswith(".error"):
+                    raise SaveError((self.partial / name).read_text(encoding="utf-8"))
+            return all(path.name in names for path in indices.values())
+
+        def silent() -> str:
+            ranks = [rank for rank, path in indices.items() if not path.exists()]
+            return f"rank {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}"
+
+        self._wait_for(silent, everybody)
+        return [path.read_bytes() for path in indices.values()]
+
+    def commit(self, manifest: bytes) -> None:
+        """Rank 0: turn the partial folder into the complete checkpoint of its step."""
+        for entry in os.scandir(self.partial):
+            if entry.name.endswith(".json"):
+                os.unlink(entry.path)
+        on_disk.write_durably(self.partial / MANIFEST, manifest)
+        replaced = None
+        if self.final.exists():
+            replaced = self.folder / f"{self.final.name}.replaced-{self.key}"
+            os.rename(self.final, replaced)
+        os.rename(self.partial, self.final)
+        on_disk.sync_folder(self.folder)
+        on_disk.mark_complete(self.final, self.step, self.key)
+        with suppress(OSError):
+            (self.final / on_disk.WRITING).unlink()
+        if replaced is not None:
+            on_disk.remove(replaced)
+
+    def await_commit(self) -> None:
+        """The other ranks: wait until rank 0 has marked the checkpoint complete.
+
+        Raises:
+            SaveError: some rank has failed; it is named.
+        """
+
+        def committed() -> bool:
+            there = self.partial.exists()
+            if (self.partial / FAILED).exists():
+                raise SaveError((self.partial / FAILED).read_text(encoding="utf-8"))
+            marker = on_disk.read_marker(self.final)
+            if marker is not None and marker.save == self.key:
+                return True
+            if not there and not self.final.exists():
+                raise SaveError(f"saving step {self.step} failed on rank 0: {self.partial} has vanished")
+            return False
+
+        self._wait_for("rank 0 to complete the save", committed)
+
+    def _wait_for(self, what: str | Callable[[], str], done: Callable[[], bool]) -> None:
+        ends = time.monotonic() + self.deadline
+        pause = 0.001
+        while not done():
+            if time.monotonic() > ends:
+                missing = what if isinstance(what, str) else what()
+                raise SaveError(
+                    f"saving step {self.step} failed: rank {self.rank} waited {self.deadline:.0f} s "
+                    f"for {missing} (do all ranks share the folder {self.folder}?)"
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.25)  # kind to the metadata server of a parallel file system
+
+    def describe(self, error: BaseException) -> str:
+        """One line for whoever reads the log of another rank."""
+        return f"saving step {self.step} failed on rank {self.rank}: {type(error).__name__}: {error}"

@@ -1,0 +1,217 @@
+"""Loading on any layout: check everything that can be checked, then read exactly what this rank holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from checkpoint import peers
+from checkpoint.boxes import Box, cover_fault
+from checkpoint.folder import read_manifest, reading
+from checkpoint.manifest import LogicalTensor, Manifest, Piece, RankBlob
+from checkpoint.plan import Copy, plan
+from checkpoint.read import hash_pieces, read_copies
+from checkpoint.rounding import rounding_faults
+from checkpoint.sources import Selection, select
+from parallel.slices import TensorSlice
+
+_LISTED = 20
+_UNTOUCHED = "The model has not been touched."
+_TOUCHED = "The model's memory has been overwritten, at least in part: do not train or save it."
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """What a load has brought besides the tensors, which are in place.
+
+    Attributes:
+        path: the step folder that was read.
+        state: as it was saved, see `Manifest`.
+        same_layout: whether the checkpoint was saved on the layout that reads it.
+        rank_state: this rank's bytes; empty unless `same_layout`.
+        derived: states of this rank that were filled from another one, e.g. {"master": "weight"}.
+        fresh: states of this rank that were left as they were, because only weights were asked for.
+        bytes_needed: of pieces, by this rank.
+        bytes_read: from files, with what lies between short runs.
+    """
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+    same_layout: bool
+    rank_state: Mapping[str, bytes]
+    derived: Mapping[str, str]
+    fresh: tuple[str, ...]
+    bytes_needed: int
+    bytes_read: int
+    seconds: float
+
+
+def load(
+    path: Path | str,
+    slices: Sequence[TensorSlice],
+    *,
+    rank: int = 0,
+    layout: Mapping[str, Any] | None = None,
+    weights_only: bool = False,
+    verify: Literal["read", "full"] = "read",
+) -> LoadedState:
+    """Fill each slice's `data` from a checkpoint of any layout.
+
+    Under torch.distributed all ranks call it together, and all raise when one of them has reason to.
+
+    Args:
+        path: a step folder, a folder of checkpoints (its newest complete one) or a run's folder.
+        slices: all that this rank holds.
+        layout: compared with the saved `state["layout"]` to decide whether ranks get their own bytes back.
+        weights_only: load weights and masters and leave the other states as they are.
+        verify: "read" hashes the pieces that are read whole; "full" hashes all of the checkpoint first,
+            which reads it once more, shared out over the ranks.
+
+    Raises:
+        ValueError: the checkpoint is incomplete, damaged, or of another model. The message says whether the
+            model has been touched.
+    """
+    begin = time.monotonic()
+    folder, manifest = _open(path)
+    with reading(folder):
+        selection = select(manifest, slices, weights_only=weights_only)
+        problems = selection.problems + _unexpected(manifest, slices)
+        _refuse(f"cannot load {folder} into this model", problems, _UNTOUCHED)
+        copies, problems = _plan(folder, selection, slices)
+        blobs = [blob for blob in manifest.rank_blobs if blob.rank == rank and _is_same(manifest, layout)]
+        rank_state = {blob.name: _read_blob(folder, blob, problems) for blob in blobs}
+        if verify == "full":
+            share = _pieces(manifest)[rank :: peers.world_size()]
+            problems += hash_pieces(folder, share).problems
+        _refuse(f"{folder} is damaged", problems, _UNTOUCHED)
+        report = read_copies(folder, copies, [piece.data.detach() for piece in slices])
+    exact = [slices[n] for n, tensor in selection.source.items() if tensor.state == slices[n].state]
+    _refuse(f"{folder} is damaged", report.problems + rounding_faults(exact), _TOUCHED)
+    seconds = time.monotonic() - begin
+    _log.info("loaded %s: read %.1f MB in %.2f s", folder, report.read / 1e6, seconds)
+    return LoadedState(
+        path=folder,
+        step=manifest.step,
+        state=manifest.state,
+        same_layout=_is_same(manifest, layout),
+        rank_state=rank_state,
+        derived=selection.derived(slices),
+        fresh=tuple(sorted({slices[number].state for number in selection.fresh})),
+        bytes_needed=report.needed,
+        bytes_read=report.read,
+        seconds=seconds,
+    )
+
+
+def _open(path: Path | str) -> tuple[Path, Manifest]:
+    """The manifest; a rank that cannot read it (a folder that is not shared) stops them all."""
+    found: tuple[Path, Manifest] | None = None
+    problems = []
+    try:
+        found = read_manifest(path)
+    except ValueError as error:
+        problems.append(str(error))
+    _refuse(f"cannot load {path}", problems, _UNTOUCHED)
+    assert found is not None
+    return found
+
+
+def _refuse(title: str, problems: Sequence[str], consequence: str) -> None:
+    """Raise on every rank when any rank has found problems: one error with all of them."""
+    found = dict.fromkeys(problem for ranks in peers.gather(list(problems)) for problem in ranks)
+    if not found:
+        return
+    lines = [f"{title} ({len(found)} problem{'s' if len(found) > 1 else ''})", *list(found)[:_LISTED]]
+    if len(found) > _LISTED:
+        lines.append(f"... and {len(found) - _LISTED} more")
+    raise ValueError("\n  ".join(lines) + f"\n{consequence}")
+
+
+def _unexpected(manifest: Manifest, slices: Sequence[TensorSlice]) -> list[str]:
+    """Parameters of the checkpoint that no rank's model has. A collective: stages know only their own."""
+    names = sorted({tensor.name for tensor in manifest.tensors})
+    here = {piece.name for piece in slices}
+    bits = sum(
+        1 << number for number, name in enumerate(names) if name in here
+    )  # a bit a name, not the names
+    wanted = reduce(or_, peers.gather(bits))
+    shapes = {tensor.name: list(tensor.shape) for tensor in manifest.tensors}
+    return [
+        f"{name}: in the checkpoint {shapes[name]}, not in the model"
+        for number, name in enumerate(names)
+        if not wanted >> number & 1
+    ]
+
+
+def _plan(folder: Path, selection: Selection, slices: Sequence[TensorSlice]) -> tuple[list[Copy], list[str]]:
+    """Copies that fill the slices, and whatever is wrong with the tensors they come from."""
+    targets: dict[tuple[str, str], list[tuple[int, Box]]] = {}
+    tensors: dict[tuple[str, str], LogicalTensor] = {}
+    for number, tensor in selection.source.items():
+        key = (tensor.name, tensor.state)
+        tensors[key] = tensor
+        targets.setdefault(key, []).append((number, Box(slices[number].offset, slices[number].size)))
+    copies: list[Copy] = []
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        fault = cover_fault(tensor.shape, [piece.box for piece in tensor.pieces])
+        if fault is None:
+            copies.extend(plan(tensor, targets[key]))
+        else:
+            files = ", ".join(f"{tensor.pieces[n].file} {tensor.pieces[n].box}" for n in fault[1])
+            problems.append(f"{tensor.name} ({tensor.state}): {fault[0]} {files}".rstrip())
+    return copies, problems + _short_files(folder, copies)
+
+
+def _short_files(folder: Path, copies: Iterable[Copy]) -> list[str]:
+    """Files that are missing, or end before the last piece needed of them."""
+    ends: dict[str, int] = {}
+    for copy in copies:
+        piece = copy.piece
+        ends[piece.file] = max(ends.get(piece.file, 0), piece.start + piece.num_bytes)
+    problems = []
+    for name, end in ends.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+            continue
+        if size < end:
+            problems.append(f"{name}: has {size} bytes, the manifest expects at least {end}")
+    return problems
+
+
+def _pieces(manifest: Manifest) -> list[Piece]:
+    return [piece for tensor in manifest.tensors for piece in tensor.pieces]
+
+
+def _read_blob(folder: Path, blob: RankBlob, problems: list[str]) -> bytes:
+    try:
+        with open(folder / blob.file, "rb") as file:
+            file.seek(blob.start)
+            content = file.read(blob.num_bytes)
+    except OSError as error:
+        problems.append(f"{blob.file}: {error.strerror}")
+        return b""
+    if xxhash.xxh3_64_hexdigest(content) != blob.hash:
+        problems.append(f"{blob.file}: the {blob.name} of rank {blob.rank} does not have the recorded hash")
+    return content
+
+
+def _is_same(manifest: Manifest, layout: Mapping[str, Any] | None) -> bool:
+    """Whether ranks mean the same as when the checkpoint was saved."""
+    if layout is None or manifest.world_size != peers.world_size():
+        return False
+    return bool(json.loads(json.dumps(layout)) == manifest.state.get("layout"))

@@ -1,0 +1,235 @@
+"""The manifest: where every piece of every logical tensor lies, and all that is not a tensor.
+
+Knows JSON and nothing else, so that looking into a checkpoint costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint.boxes import Box
+
+FORMAT = "ratoon-checkpoint"
+VERSION = 1  # raised when an older reader would misread what is written
+MANIFEST = "manifest.json"
+
+ITEM_SIZES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes an element takes, by torch's name of the dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """These bytes of this file are that box of a logical tensor.
+
+    Attributes:
+        file: relative to the manifest's folder, or absolute.
+        start: byte in the file where the box's first element lies.
+        dtype: torch's name, without "torch.".
+        box: which elements.
+        hash: xxh3-64 of the piece's bytes, 16 hexadecimal digits; None where nobody computed it.
+        strides: in elements, one an axis; None means row-major without gaps.
+    """
+
+    file: str
+    start: int
+    dtype: str
+    box: Box
+    hash: str | None = None
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """From the first element to the end of the last one."""
+        if self.strides is None:
+            return self.box.numel * ITEM_SIZES[self.dtype]
+        last = sum((size - 1) * stride for size, stride in zip(self.box.size, self.strides, strict=True))
+        return (last + 1) * ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class LogicalTensor:
+    """One state ("weight", "master", "exp_avg", ...) of one layout-free parameter, and its pieces."""
+
+    name: str
+    state: str
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class RankBlob:
+    """Bytes that belong to one rank of the layout that saved them, such as its random generators' states."""
+
+    rank: int
+    name: str
+    file: str
+    start: int
+    num_bytes: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint without its payload.
+
+    `state` holds what is not a tensor and is JSON: by convention under the keys `parameter_groups`,
+    `scalars`, `schedule`, `data` (the position), `config`, `layout`, `versions` and `lineage`.
+    """
+
+    step: int
+    world_size: int
+    tensors: tuple[LogicalTensor, ...]
+    state: Mapping[str, Any] = field(default_factory=dict)
+    rank_blobs: tuple[RankBlob, ...] = ()
+
+    def by_key(self) -> dict[tuple[str, str], LogicalTensor]:
+        """Tensors by (logical name, state)."""
+        return {(tensor.name, tensor.state): tensor for tensor in self.tensors}
+
+    def to_json(self) -> bytes:
+        """One line a tensor; files are written once and pieces name them by number."""
+        files: dict[str, int] = {}
+        tensors = ",\n".join(_dumps(_tensor_to_json(tensor, files)) for tensor in self.tensors)
+        blobs = [
+            [b.rank, b.name, files.setdefault(b.file, len(files)), b.start, b.num_bytes, b.hash]
+            for b in self.rank_blobs
+        ]
+        head = {"format": FORMAT, "version": VERSION, "step": self.step, "world_size": self.world_size}
+        lines = [
+            _dumps(head)[:-1],
+            f'"state":{_dumps(self.state)}',
+            f'"files":{_dumps(list(files))}',
+            f'"rank_blobs":{_dumps(blobs)}',
+            f'"tensors":[\n{tensors}\n]}}\n',
+        ]
+        return ",\n".join(lines).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, source: str) -> Manifest:
+        """Parse what `to_json` wrote.
+
+        Raises:
+            ValueError: not a manifest, damaged, or of a newer format; `source` is named.
+        """
+        try:
+            tree = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{source} is not JSON ({error}): the checkpoint is damaged") from None
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise ValueError(f'{source} is not a Ratoon manifest: "format" should be "{FORMAT}"')
+        if tree.get("version") != VERSION:
+            raise ValueError(
+                f"{source} has format version {tree.get('version')}, this Ratoon reads version {VERSION}: "
+                "install the Ratoon that wrote it, or a newer one"
+            )
+        try:
+            files = tree["files"]
+            return cls(
+                step=tree["step"],
+                world_size=tree["world_size"],
+                tensors=tuple(_tensor_from_json(entry, files) for entry in tree["tensors"]),
+                state=tree["state"],
+                rank_blobs=tuple(RankBlob(r, n, files[f], *rest) for r, n, f, *rest in tree["rank_blobs"]),
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{source} is damaged: {type(error).__name__} {error}") from None
+
+
+def merge(manifests: Iterable[Manifest]) -> tuple[tuple[LogicalTensor, ...], tuple[RankBlob, ...]]:
+    """Join the pieces that several ranks wrote, tensors sorted by name and state.
+
+    Raises:
+        ValueError: ranks disagree about a tensor's shape or dtype; all such tensors are named.
+    """
+    joined: dict[tuple[str, str], LogicalTensor] = {}
+    pieces: dict[tuple[str, str], list[Piece]] = {}
+    blobs: list[RankBlob] = []
+    problems: list[str] = []
+    for manifest in manifests:
+        blobs.extend(manifest.rank_blobs)
+        for tensor in manifest.tensors:
+            key = (tensor.name, tensor.state)
+            first = joined.setdefault(key, tensor)
+            if (first.shape, first.dtype) != (tensor.shape, tensor.dtype):
+                problems.append(
+                    f"{key[0]} ({key[1]}): {list(first.shape)} {first.dtype} on one rank, "
+                    f"{list(tensor.shape)} {tensor.dtype} on another"
+                )
+            pieces.setdefault(key, []).extend(tensor.pieces)
+    if problems:
+        raise ValueError("ranks disagree about tensors:\n  " + "\n  ".join(problems))
+    tensors = (
+        LogicalTensor(t.name, t.state, t.shape, t.dtype, tuple(pieces[key]))
+        for key, t in sorted(joined.items())
+    )
+    return tuple(tensors), tuple(blobs)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _tensor_to_json(tensor: LogicalTensor, files: dict[str, int]) -> dict[str, Any]:
+    rows = []
+    for piece in tensor.pieces:
+        row: list[Any] = [
+            files.setdefault(piece.file, len(files)),
+            piece.start,
+            piece.box.offset,
+            piece.box.size,
+            piece.hash,
+        ]
+        if piece.dtype != tensor.dtype or piece.strides is not None:
+            row.append({"dtype": piece.dtype, "strides": piece.strides})
+        rows.append(row)
+    return {
+        "name": tensor.name,
+        "state": tensor.state,
+        "shape": tensor.shape,
+        "dtype": tensor.dtype,
+        "pieces": rows,
+    }
+
+
+def _tensor_from_json(entry: dict[str, Any], files: list[str]) -> LogicalTensor:
+    dtype = entry["dtype"]
+    return LogicalTensor(
+        entry["name"],
+        entry["state"],
+        tuple(entry["shape"]),
+        dtype,
+        tuple(_piece_from_json(row, dtype, files) for row in entry["pieces"]),
+    )
+
+
+def _piece_from_json(row: list[Any], dtype: str, files: list[str]) -> Piece:
+    file, start, offset, size, digest, *rest = row
+    strides = None
+    if rest:
+        dtype = rest[0]["dtype"]
+        strides = None if rest[0]["strides"] is None else tuple(rest[0]["strides"])
+    if dtype not in ITEM_SIZES:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    return Piece(files[file], start, dtype, Box(tuple(offset), tuple(size)), digest, strides)
