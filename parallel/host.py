@@ -126,6 +126,7 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = HOST
+        kwargs.pop("pin_memory", None)  # a torch without CUDA has no pinned memory to give
         return factory(*args, **kwargs)
 
     return create
@@ -182,6 +183,7 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
     _view("distributed.param_and_grad_buffer", "allocates gradient buffers on the current CUDA device"),
     _view("pipeline_parallel.schedules", 'counts tokens in a tensor on device "cuda"'),
     _view("pipeline_parallel.p2p_communication", "allocates messages on the CUDA device and waits for it"),
+    _view("utils", 'measures norms in a tensor on device "cuda" without Apex'),
     _view("transformer.attention", "keeps key and value caches on the current CUDA device"),
     _view("transformer.module", "allocates on the current CUDA device"),
     _view("transformer.moe.experts", "allocates expert weights on the current CUDA device"),
@@ -189,6 +191,7 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
     _view("transformer.moe.moe_utils", 'keeps auxiliary losses in tensors on device "cuda"'),
     _view("transformer.moe.token_dispatcher", "copies split sizes to the host on a CUDA stream"),
     _view("models.common.language_module.language_module", "sums tied embeddings on CUDA"),
+    _view("models.common.embeddings.rope_utils", "pins the index of a context rank's slices"),
     _view("models.common.embeddings.rotary_pos_embedding", "keeps frequencies on the current CUDA device"),
     Substitution(
         "megatron.core.tensor_parallel.random",

@@ -1,0 +1,221 @@
+"""megatron-core's model chunks, gradient buffers and optimizer for one layout, behind one small class."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from parallel.initialise import Draw, initialise
+from parallel.mesh import Mesh
+from parallel.naming import NamedParameter, name_parameters
+from parallel.optimizer_state import get_step, prepare_state, set_step, state_slices
+from parallel.slices import TensorSlice
+from parallel.specs import Backend, block_spec, choose_backend
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """A GPTModel split over the ranks of a mesh, with its gradients and its optimizer.
+
+    Attributes:
+        mesh: process groups and this rank's place.
+        config: megatron-core's configuration of the model.
+        chunks: bare GPTModel chunks of this rank, one per virtual stage.
+        wrapped: the same chunks with gradient buffers, as the pipeline schedules take them.
+        named: every parameter of this rank with its logical blocks.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        config: TransformerConfig,
+        model: Mapping[str, Any],
+        *,
+        vocab_size: int,
+        optimizer: OptimizerConfig,
+        decays: Callable[[str], bool],
+        portable: bool = False,
+    ) -> None:
+        """Build chunks and optimizer; `initialise` or a checkpoint must fill the weights.
+
+        Args:
+            model: further arguments of GPTModel (padded vocab_size, max_sequence_length, rotary_base, ...).
+            vocab_size: of the tokenizer, without padding.
+            decays: whether the logical parameter of that name has weight decay.
+            portable: use the portable modules even where Transformer Engine is present.
+        """
+        self.mesh = mesh
+        self.config = _with_hooks(config)
+        self.vocab_size = vocab_size
+        self.tied = bool(model.get("share_embeddings_and_output_weights", False))
+        self.backend: Backend = choose_backend(portable=portable)
+        self.chunks = [self._build_chunk(dict(model), stage) for stage in range(mesh.layout.chunks)]
+        self.named: list[NamedParameter] = name_parameters(
+            self.chunks, mesh, vocab_size=vocab_size, tied=self.tied
+        )
+        self.wrapped = [self._wrap(chunk, index) for index, chunk in enumerate(self.chunks)]
+        self.optimizer = self._build_optimizer(optimizer, decays)
+        self._clip = optimizer.clip_grad
+
+    def initialise(self, seed: int, draw: Draw) -> None:
+        """Draw the initial weights, the same in every layout; masters follow."""
+        initialise(self.named, seed, draw)
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Copy the weights into the optimizer's masters, after weights were written from outside."""
+        self.optimizer.reload_model_params()
+
+    def slices(self) -> list[TensorSlice]:
+        """Every box of every logical tensor and optimizer state that this rank holds."""
+        return list(state_slices(self.named, self.optimizer, self.mesh))
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates made so far."""
+        return get_step(self.optimizer)
+
+    @updates.setter
+    def updates(self, step: int) -> None:
+        set_step(self.optimizer, step)
+
+    def scale_loss(self, scale: float) -> None:
+        """Multiply every loss of the next backward passes, auxiliary ones included, by `scale`."""
+        self.config.grad_scale_func = lambda loss: loss * scale
+
+    def zero_grad(self) -> None:
+        """Clear gradients and gradient buffers before the first micro-batch of a step."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of the whole model's gradient, over the whole mesh. Call once, before `update`."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def update(self, lr: float, gradient_norm: float) -> None:
+        """Clip by the norm of the whole mesh and make one optimizer update at learning rate `lr`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        if self._clip > 0.0:
+            for part in self.optimizer.chained_optimizers:
+                parameters = part.get_parameters()
+                if parameters:
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self._clip, total_norm=gradient_norm)
+        self.optimizer.step_with_ready_grads()
+
+    def non_finite_gradients(self) -> list[str]:
+        """Logical names of this rank's parameters whose gradient has a NaN or an infinity."""
+        return [
+            block.name
+            for entry in self.named
+            for block in entry.blocks
+            if not torch.isfinite(block.view(entry.parameter.main_grad)).all()  # type: ignore[attr-defined]
+        ]
+
+    def _build_chunk(self, model: dict[str, Any], stage: int) -> GPTModel:
+        layout = self.mesh.layout
+        vp_stage = stage if layout.virtual_pipeline else None
+        chunk = GPTModel(
+            config=self.config,
+            transformer_layer_spec=block_spec(self.config, self.backend, vp_stage),
+            pre_process=self.mesh.pipeline_rank == 0 and stage == 0,
+            post_process=self.mesh.is_last_stage and stage == layout.chunks - 1,
+            pg_collection=self.mesh.groups,
+            vp_stage=vp_stage,
+            **model,
+        )
+        _mask_padded_logits(chunk, self.mesh.tensor_rank, self.vocab_size)
+        return chunk.to(self.mesh.device)
+
+    def _wrap(self, chunk: GPTModel, index: int) -> DistributedDataParallel:
+        on_gpu = self.mesh.device.type == "cuda"
+        module = Float16Module(self.config, chunk) if self.config.bf16 else chunk
+        return DistributedDataParallel(
+            config=self.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=self.mesh.layout.distributed_optimizer,
+                overlap_grad_reduce=on_gpu,
+                overlap_param_gather=on_gpu and self.mesh.layout.distributed_optimizer,
+            ),
+            module=module,
+            # Later chunks begin their backward first: overlapping their reduction would hold up the first.
+            disable_bucketing=index > 0,
+            pg_collection=self.mesh.groups,
+        )
+
+    def _build_optimizer(self, config: OptimizerConfig, decays: Callable[[str], bool]) -> Any:
+        for entry in self.named:
+            verdicts = {decays(block.name) for block in entry.blocks}
+            assert len(verdicts) <= 1, f"{entry.local_name} fuses tensors with and without weight decay"
+            entry.parameter.no_weight_decay = verdicts == {False}  # type: ignore[attr-defined]
+        optimizer = get_megatron_optimizer(
+            config,
+            self.wrapped,
+            config_overrides={ParamKey(attr="no_weight_decay"): {"wd_mult": 0.0, "weight_decay": 0.0}},
+        )
+        prepare_state(optimizer)
+        for part in optimizer.chained_optimizers:
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                for group in part.optimizer.param_groups:
+                    group.update(fused=True, foreach=False)  # one pass over memory, on CPU too
+        return optimizer
+
+
+def _with_hooks(config: TransformerConfig) -> TransformerConfig:
+    """The configuration with the functions that megatron-core's schedules call.
+
+    megatron-core marks parameters as split over tensor ranks only while initialising them, so it must be let
+    to; its initial values are left out, since ours do not depend on the layout.
+    """
+
+    def leave(weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+        finalize_model_grads(model, None, **kwargs)  # the loss is already divided by the step's token count
+
+    config = dataclasses.replace(config)
+    config.perform_initialization = True
+    config.use_cpu_initialization = False  # it would build every whole matrix only to slice it
+    # gloo still reads a sent tensor when megatron-core gives its memory back; NCCL's streams keep it alive.
+    config.deallocate_pipeline_outputs = torch.cuda.is_available()
+    config.init_method = config.output_layer_init_method = leave
+    config.embedding_init_method = leave
+    config.calculate_per_token_loss = True
+    config.finalize_model_grads_func = finalize
+    return config
+
+
+def _mask_padded_logits(chunk: GPTModel, tensor_rank: int, vocab_size: int) -> None:
+    """Give logits of padded vocabulary rows no probability: how much is padded depends on the layout."""
+    if not chunk.post_process:
+        return
+    rows = chunk.output_layer.output_size_per_partition
+    present = vocab_size - tensor_rank * rows
+    if present >= rows:
+        return
+
+    def mask(_module: Any, _inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        logits[..., max(0, present) :] = torch.finfo(logits.dtype).min
+        return logits, bias
+
+    chunk.output_layer.register_forward_hook(mask)

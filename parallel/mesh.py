@@ -1,0 +1,119 @@
+"""The process groups of a layout, and where a rank stands in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from parallel import host
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """megatron-core's process groups for one layout, and this rank's place.
+
+    Ranks are laid out tensor first, then context, data, pipeline (megatron-core's order tp-cp-ep-dp-pp), so
+    that the chattiest neighbours are closest.
+    """
+
+    layout: Layout
+    world_size: int
+    rank: int
+    groups: ProcessGroupCollection
+
+    @property
+    def data(self) -> int:
+        """Data-parallel degree."""
+        return self.layout.data(self.world_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else host.HOST
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def context_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def expert_rank(self) -> int:
+        return self.groups.ep.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.layout.pipeline - 1
+
+    def holders(self, kind: str, *, on_first_and_last_stage: bool = False) -> tuple[int, ...]:
+        """Global ranks that hold the same copy of a parameter as this rank.
+
+        Args:
+            kind: "tensor" (split over the tensor ranks), "replicated" (whole on every tensor rank) or
+                "expert" (held by the ranks of this expert and tensor rank).
+            on_first_and_last_stage: a tied embedding, of which the last pipeline stage keeps a copy.
+        """
+        group = {
+            "tensor": self.groups.dp_cp,
+            "replicated": self.groups.tp_dp_cp,
+            "expert": self.groups.expt_dp,
+        }[kind]
+        ranks = set(dist.get_process_group_ranks(group))
+        if on_first_and_last_stage and self.layout.pipeline > 1:
+            stage = self.world_size // self.layout.pipeline
+            here = self.pipeline_rank * stage
+            last = (self.layout.pipeline - 1) * stage
+            ranks = {r - here for r in ranks} | {r - here + last for r in ranks}
+        return tuple(sorted(ranks))
+
+
+def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = 30) -> Mesh:
+    """Make megatron-core's process groups for `layout`. torch.distributed must be initialised.
+
+    Args:
+        seed: of megatron-core's per-rank random streams (dropout); weights do not depend on it.
+    """
+    host.activate()
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=True,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Mesh(
+        layout, dist.get_world_size(), dist.get_rank(), ProcessGroupCollection.use_mpu_process_groups()
+    )
+
+
+def destroy_mesh() -> None:
+    """Forget megatron-core's process groups, so that another layout can be built in this process."""
+    ps.destroy_model_parallel()
+
+
+def all_reduce_sum(values: Any, group: dist.ProcessGroup, device: torch.device) -> list[float]:
+    """Sum a list of numbers over a group, in double precision."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, group=group)
+    return tensor.tolist()

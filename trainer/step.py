@@ -1,0 +1,124 @@
+"""One optimizer step: count, forward and backward, norm, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from parallel.engine import Engine
+from parallel.forward import Batch, gather_texts, run_micro_batches, sum_over_data, sum_reports
+from trainer.loss import token_loss
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; the message names rank, micro-batch and source."""
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Mean losses per valid token, in nats.
+
+    Attributes:
+        loss: over all tokens of the step.
+        tokens: sum of the loss weights.
+        by_source: (mean loss, tokens) of every source, by index; NaN for a source without tokens.
+    """
+
+    loss: float
+    tokens: float
+    by_source: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class StepReport(LossReport):
+    """What one training step did.
+
+    Attributes:
+        grad_norm: 2-norm of the gradient of the mean loss over the whole mesh, before clipping.
+        lr: learning rate of the update.
+    """
+
+    grad_norm: float
+    lr: float
+
+
+def train_step(
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    lr: float,
+    source_names: Sequence[str],
+    document_mask: bool = True,
+) -> StepReport:
+    """Make one update from this data rank's micro-batches of a global batch.
+
+    Raises:
+        NonFiniteError: before the update, so that weights and moments stay as they were.
+    """
+    tokens = sum_over_data(engine, sum(float(batch.loss_weights.sum()) for batch in batches))
+    if tokens <= 0:
+        raise ValueError(
+            "the global batch has no token that counts in the loss: check the data's loss weights"
+        )
+    engine.zero_grad()
+    engine.scale_loss(1.0 / tokens)
+    reports = run_micro_batches(engine, batches, token_loss(len(source_names)), document_mask=document_mask)
+    total = mean_losses(sum_reports(engine, reports, (len(source_names), 2)))
+    if not math.isfinite(total.loss):
+        raise NonFiniteError(_where_loss(engine, reports, source_names))
+    norm = engine.gradient_norm()
+    if not math.isfinite(norm):
+        raise NonFiniteError(_where_gradient(engine, norm))
+    engine.update(lr, norm)
+    return StepReport(total.loss, total.tokens, total.by_source, norm, lr)
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine, batches: Sequence[Batch], *, num_sources: int, document_mask: bool = True
+) -> LossReport:
+    """Mean loss of micro-batches, without a backward pass."""
+    reports = run_micro_batches(
+        engine, batches, token_loss(num_sources), forward_only=True, document_mask=document_mask
+    )
+    return mean_losses(sum_reports(engine, reports, (num_sources, 2)))
+
+
+def mean_losses(sums: torch.Tensor) -> LossReport:
+    """From sums by source, [num_sources, 2], to means."""
+    weight = float(sums[:, 1].sum())
+    by_source = tuple((_ratio(float(loss), float(count)), float(count)) for loss, count in sums)
+    return LossReport(_ratio(float(sums[:, 0].sum()), weight), weight, by_source)
+
+
+def _ratio(total: float, weight: float) -> float:
+    return total / weight if weight else math.nan
+
+
+def _where_loss(engine: Engine, reports: Sequence[torch.Tensor], source_names: Sequence[str]) -> str:
+    mine = [
+        f"rank {engine.mesh.rank} (data rank {engine.mesh.data_rank}), micro-batch {index}, "
+        f"source {source_names[source]!r}"
+        for index, report in enumerate(reports)
+        for source in range(len(source_names))
+        if not math.isfinite(float(report[source, 0]))
+    ]
+    places = [text for text in gather_texts("; ".join(mine)) if text]
+    return (
+        f"the loss is not finite, first seen on {'; '.join(places)}. Nothing was updated: resume from the "
+        "last checkpoint with a lower optimizer.lr, or look at that batch"
+    )
+
+
+def _where_gradient(engine: Engine, norm: float) -> str:
+    names = engine.non_finite_gradients()
+    mine = f"rank {engine.mesh.rank}: {', '.join(names[:3])}" if names else ""
+    places = [text for text in gather_texts(mine) if text]
+    return (
+        f"the gradient norm is {norm} though the loss is finite, on "
+        f"{'; '.join(places) or 'no single parameter'}. Nothing was updated: resume from the last checkpoint "
+        "with a lower optimizer.lr"
+    )
