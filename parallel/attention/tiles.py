@@ -30,12 +30,10 @@ class Tile:
     mask: Tensor | None  # bool [queries, keys]
 
 
-Plan = list[
-    list[Tile]
-]  # tiles of every row, in the order of the rank's queries; one list when rows are alike
+Plan = list[list[Tile]]  # tiles of each row, in the order of the rank's queries; one list if rows are alike
 
 _plans: PlanCache[Plan] = PlanCache()
-_SMALL = 32  # tokens: neighbouring documents share one masked tile up to here, for a call has its own cost
+_SMALL = 64  # tokens: neighbouring documents share one masked tile up to here, for a call has its own cost
 
 
 def plan_tiles(documents: Tensor | None, spans: Spans, window: int | None, device: torch.device) -> Plan:
@@ -51,8 +49,12 @@ def plan_tiles(documents: Tensor | None, spans: Spans, window: int | None, devic
         return _plan_one_document(spans, window, device)
 
     def build() -> Plan:
-        rows = zip(document_runs(documents), documents, strict=True)
-        return [_row_tiles(runs, spans, window, row=row, device=device) for runs, row in rows]
+        runs = document_runs(documents)
+        rows = documents.to(device)
+        if all(row_runs == runs[0] for row_runs in runs):
+            return [_row_tiles(runs[0], spans, window, row=rows[0])]
+        of_rows = zip(runs, rows, strict=True)
+        return [_row_tiles(row_runs, spans, window, row=row) for row_runs, row in of_rows]
 
     return _plans.get(documents, (spans, window, device), build)
 
@@ -60,26 +62,41 @@ def plan_tiles(documents: Tensor | None, spans: Spans, window: int | None, devic
 @lru_cache(maxsize=8)
 def _plan_one_document(spans: Spans, window: int | None, device: torch.device) -> Plan:
     length = max(end for _, end in spans)
-    return [_row_tiles([(0, length)], spans, window, row=None, device=device)]
+    return [_row_tiles([(0, length)], spans, window, row=torch.zeros(length, device=device))]
 
 
 def _row_tiles(
-    runs: Sequence[tuple[int, int]],
-    spans: Spans,
-    window: int | None,
-    *,
-    row: Tensor | None,
-    device: torch.device,
+    runs: Sequence[tuple[int, int]], spans: Spans, window: int | None, *, row: Tensor
 ) -> list[Tile]:
+    """Tiles of one row, whose documents [s] make these runs, in the order of the spans."""
     tiles = []
     for group in _group_small(_segments(runs, spans)):
         for start, end, key_start in _bands(group, window):
-            square = key_start == start and (window is None or end - start <= window + 1)
             mask = None
-            if not square or group.documents > 1:
-                mask = _tile_mask(start, end, key_start, window=window, row=row, device=device)
+            if group.documents > 1:
+                mask = _documents_mask(row, start, end, key_start, window)
+            elif key_start < start or (window is not None and end - start > window + 1):
+                mask = _band_mask(end - start, end - key_start, window, row.device)
             tiles.append(Tile(start, end, key_start, mask))
     return tiles
+
+
+def _documents_mask(row: Tensor, start: int, end: int, key_start: int, window: int | None) -> Tensor:
+    positions = torch.arange(row.numel(), device=row.device)
+    return visible(
+        positions[start:end],
+        positions[key_start:end],
+        window,
+        query_documents=row[start:end],
+        key_documents=row[key_start:end],
+    )
+
+
+@lru_cache(maxsize=16)  # the tiles along one diagonal share their mask
+def _band_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Mask of the last `queries` of `keys` tokens of one document."""
+    positions = torch.arange(keys, device=device)
+    return visible(positions[keys - queries :], positions, window)
 
 
 @dataclass(frozen=True)
@@ -120,17 +137,6 @@ def _bands(group: _Group, window: int | None) -> Iterator[tuple[int, int, int]]:
     step = max(window + 1, _SMALL)
     for start in range(group.start, group.end, step):
         yield start, min(start + step, group.end), max(group.key_start, start - window)
-
-
-def _tile_mask(
-    start: int, end: int, key_start: int, *, window: int | None, row: Tensor | None, device: torch.device
-) -> Tensor:
-    queries = torch.arange(start, end, device=device)
-    keys = torch.arange(key_start, end, device=device)
-    if row is None:
-        return visible(queries, keys, window)
-    row = row.to(device)
-    return visible(queries, keys, window, query_documents=row[start:end], key_documents=row[key_start:end])
 
 
 def attend_tiles(
@@ -186,8 +192,8 @@ def _attend_tile(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
     grouped = q.size(1) != k.size(1)
-    if grouped and mask is not None and q.is_cuda:
-        # CUDA's kernel for masks knows no grouped heads and would fall back to materialised scores.
+    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # CUDA's kernel for masks and float32 knows no grouped heads: torch would materialise the scores.
         k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(

@@ -1,0 +1,96 @@
+"""What attention leaves out: tiles of documents and windows, blocks of the ring."""
+
+import torch
+
+from parallel.attention.mask import PlanCache, document_runs, visible
+from parallel.attention.ring import _plan as plan_ring
+from parallel.attention.tiles import Plan, plan_tiles
+from parallel.context import context_spans
+
+CPU = torch.device("cpu")
+
+
+def _area(plan: Plan) -> int:
+    return sum((tile.end - tile.start) * (tile.end - tile.key_start) for tiles in plan for tile in tiles)
+
+
+def _documents(lengths: list[int]) -> torch.Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()[None]
+
+
+def test_runs_are_told_by_change_alone() -> None:
+    documents = torch.tensor([[4, 4, 0, 0, 0, 4], [1, 1, 1, 1, 1, 1]])
+    assert document_runs(documents) == [[(0, 2), (2, 5), (5, 6)], [(0, 6)]]
+
+
+def test_a_causal_batch_needs_no_mask() -> None:
+    assert plan_tiles(None, ((0, 64),), None, CPU)[0][0].mask is None
+
+
+def test_rows_that_are_alike_share_their_tiles() -> None:
+    assert len(plan_tiles(torch.zeros(4, 64, dtype=torch.int32), ((0, 64),), None, CPU)) == 1
+
+
+def test_work_is_the_sum_of_squared_lengths() -> None:
+    lengths = [100, 300, 200, 424]
+    plan = plan_tiles(_documents(lengths), ((0, 1024),), None, CPU)
+    assert _area(plan) == sum(length**2 for length in lengths)
+
+
+def test_many_tiny_documents_share_calls() -> None:
+    plan = plan_tiles(_documents([4] * 64), ((0, 256),), None, CPU)
+    assert len(plan[0]) == 4
+
+
+def test_work_under_a_window_grows_with_the_window() -> None:
+    plan = plan_tiles(None, ((0, 2048),), 63, CPU)
+    assert _area(plan) <= 2048 * 2 * 64
+
+
+def test_tiles_of_context_ranks_cover_each_query_once() -> None:
+    documents = _documents([1, 40, 7, 2, 46])
+    covered = [
+        position
+        for rank in range(4)
+        for tile in plan_tiles(documents, context_spans(96, rank, 4), 10, CPU)[0]
+        for position in range(tile.start, tile.end)
+    ]
+    assert sorted(covered) == list(range(96))
+
+
+def test_ring_ranks_have_the_same_work() -> None:
+    blocks = [sum(map(len, plan_ring(64, rank, 4, None, CPU, None))) for rank in range(4)]
+    assert blocks == [9, 9, 9, 9]  # 36 of the 64 blocks of an 8 x 8 triangle, in four equal parts
+
+
+def test_ring_skips_blocks_outside_window_and_document() -> None:
+    halves = _documents([32, 32])
+    for rank in range(4):
+        steps = plan_ring(64, rank, 4, 7, CPU, halves)
+        assert sum(map(len, steps)) <= 4  # each of two halves sees itself and at most the chunk before it
+
+
+def test_every_pair_is_seen_when_nothing_hides_it() -> None:
+    positions = torch.arange(5)
+    assert torch.equal(visible(positions, positions, None), torch.ones(5, 5, dtype=torch.bool).tril())
+
+
+def test_a_plan_is_built_once_for_the_same_memory() -> None:
+    cache: PlanCache[object] = PlanCache()
+    documents = torch.zeros(2, 8, dtype=torch.int32)
+    assert cache.get(documents, 1, object) is cache.get(documents.detach(), 1, object)
+
+
+def test_a_plan_is_built_again_after_a_rewrite() -> None:
+    cache: PlanCache[object] = PlanCache()
+    documents = torch.zeros(2, 8, dtype=torch.int32)
+    before = cache.get(documents, 1, object)
+    assert cache.get(documents.fill_(1), 1, object) is not before
+
+
+def test_the_cache_forgets_the_oldest() -> None:
+    cache: PlanCache[object] = PlanCache(capacity=2)
+    batches = [torch.full((1, 8), value) for value in range(3)]
+    plans = [cache.get(documents, 1, object) for documents in batches]
+    assert cache.get(batches[2], 1, object) is plans[2]
+    assert cache.get(batches[0], 1, object) is not plans[0]
