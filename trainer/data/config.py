@@ -10,13 +10,13 @@ from pydantic import AfterValidator, Field, model_validator
 from parallel.settings import Settings
 
 
-def _without_extension(path: str) -> str:
+def without_extension(path: str) -> str:
     """`corpus`, `corpus.bin` and `corpus.idx` all name the same pair of files."""
     return path[:-4] if path.endswith((".bin", ".idx")) else path
 
 
 Name = Annotated[str, Field(min_length=1)]
-Prefix = Annotated[str, Field(min_length=1), AfterValidator(_without_extension)]
+Prefix = Annotated[str, Field(min_length=1), AfterValidator(without_extension)]
 
 
 class SourceConfig(Settings):

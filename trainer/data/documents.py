@@ -200,7 +200,7 @@ def _read_document(path: str) -> str | BadRecord:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        return BadRecord(f"{path}:{line}", "invalid UTF-8", str(error))
+        return BadRecord(f"{path}:{line}", "invalid UTF-8", error.reason)
     except Exception as error:
         if not _unreadable(error):
             raise
@@ -212,7 +212,7 @@ def _parse_line(line: bytes, where: str, text_key: str) -> str | BadRecord:
     try:
         record: Any = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return BadRecord(where, "invalid UTF-8", str(error))
+        return BadRecord(where, "invalid UTF-8", error.reason)
     except (ValueError, RecursionError) as error:
         return BadRecord(where, "invalid JSON", str(error))
     if not isinstance(record, dict) or text_key not in record:
@@ -224,5 +224,5 @@ def _parse_line(line: bytes, where: str, text_key: str) -> str | BadRecord:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but half a character
-        return BadRecord(where, "invalid UTF-8", str(error))
+        return BadRecord(where, "invalid UTF-8", error.reason)
     return text if text.strip() else BadRecord(where, "empty")

@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,16 +142,16 @@ def prepare(
     prefixes = [options.output] + [options.output + "-validation"] * (options.validation_share > 0)
     with OutputFolder(prefixes, overwrite=options.overwrite) as folder:
         writers = [PairWriter(folder.path, prefix, token_dtype(tokenizer.vocab_size)) for prefix in prefixes]
-        for encoded in _encode_all(Encoder(tokenizer, options), options, read_chunks(inputs.files)):
-            _count(encoded, report)
-            if encoded.bad and options.strict:
-                raise BadRecordError(
-                    f"{encoded.bad[0]}; mend it, or run without --strict to skip and count it"
-                )
-            for writer, part in zip(writers, (encoded.train, encoded.validation), strict=False):
-                writer.add(part.tokens, part.lengths, part.text_bytes)
-            report.seconds = time.monotonic() - started
-            on_progress(report)
+        work = _encode_all(Encoder(tokenizer, options), options, read_chunks(inputs.files))
+        with closing(work):
+            for encoded in work:
+                _count(encoded, report)
+                if encoded.bad and options.strict:
+                    raise BadRecordError(str(encoded.bad[0]))
+                for writer, part in zip(writers, (encoded.train, encoded.validation), strict=False):
+                    writer.add(part.tokens, part.lengths, part.text_bytes)
+                report.seconds = time.monotonic() - started
+                on_progress(report)
         for writer in writers:
             if not writer.documents:
                 raise ValueError(_nothing_for(writer.prefix, report, options))
@@ -199,7 +200,9 @@ def _nothing_for(prefix: str, report: PrepareReport, options: PrepareOptions) ->
     return f"{prefix}: no document in {', '.join(options.inputs)}" + (f"; bad records: {bad}" if bad else "")
 
 
-def _encode_all(encoder: Encoder, options: PrepareOptions, chunks: Iterator[Chunk]) -> Iterator[Encoded]:
+def _encode_all(
+    encoder: Encoder, options: PrepareOptions, chunks: Iterator[Chunk]
+) -> Generator[Encoded, None, None]:
     """Encode every chunk, in order; a few chunks a worker are under way at any time."""
     if options.workers == 1:
         yield from map(encoder, chunks)

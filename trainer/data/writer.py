@@ -22,17 +22,20 @@ SUFFIXES = (".bin", ".json", ".idx")
 
 
 class OutputFolder:
-    """A hidden folder beside the outputs, gone when the work ends, however it ends; a killed run leaves it
-    behind
-    and the next one for the same output clears it."""
+    """A hidden folder beside the outputs, gone when the work ends, well or badly.
+
+    Only a kill leaves it behind; the next run for the same output clears it.
+    """
 
     def __init__(self, prefixes: Sequence[str], *, overwrite: bool) -> None:
         """Raises ValueError when an output exists and may not be replaced."""
         existing = [p + suffix for p in prefixes for suffix in SUFFIXES if os.path.exists(p + suffix)]
         if existing and not overwrite:
             raise ValueError(
-                f"{', '.join(existing)} exists already; choose another output or pass --overwrite"
+                f"already there: {', '.join(existing)}; choose another output or pass --overwrite"
             )
+        for prefix in prefixes:
+            read_sidecar(prefix)  # somebody else's PREFIX.json is not ours to replace
         self._prefixes = [Path(prefix) for prefix in prefixes]
         self.path = self._prefixes[0].with_name(f".{self._prefixes[0].name}.partial")
         self._lock = -1
