@@ -93,6 +93,11 @@ def list_complete(folder: Path) -> list[Complete]:
     return sorted(marker for marker in markers if marker is not None)
 
 
+def list_unfinished(folder: Path) -> list[Path]:
+    """Saves under way, and what killed ones have left."""
+    return sorted(path for path in _steps(folder) if read_marker(path) is None)
+
+
 def find_latest(folder: Path | str) -> Path | None:
     """The newest complete checkpoint of a run: the one saved last. None when there is none."""
     complete = list_complete(Path(folder))
@@ -120,8 +125,8 @@ def resolve(path: Path | str) -> Path:
             f"{path} is incomplete: it has no {COMPLETE} marker, so its save was killed or is still under way"
             + _nearest(path)
         )
-    unfinished = [entry.name for entry in _steps(path)]
-    found = f"only unfinished saves ({', '.join(sorted(unfinished)[:3])})" if unfinished else "none"
+    unfinished = [entry.name for entry in list_unfinished(path)]
+    found = f"only unfinished saves ({', '.join(unfinished[:3])})" if unfinished else "none"
     raise ValueError(f"{path} holds no complete checkpoint: {found} found there")
 
 

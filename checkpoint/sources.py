@@ -37,8 +37,8 @@ class Selection:
 def select(manifest: Manifest, slices: Sequence[TensorSlice], *, weights_only: bool) -> Selection:
     """Choose a source for every slice.
 
-    A master that the checkpoint lacks is its fp32 weight; an fp32 weight is the master, where there is one: so
-    runs change between fp32 and low precision without losing a bit.
+    A master that the checkpoint lacks is its fp32 weight; an fp32 weight is the master, where there is one:
+    so runs change between fp32 and low precision without losing a bit.
     """
     tensors = manifest.by_key()
     names = {tensor.name for tensor in manifest.tensors}

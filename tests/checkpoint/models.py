@@ -27,7 +27,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Grid:
-    """tensor x pipeline x data ranks; tensor varies fastest. With `zero`, data ranks share out the optimizer."""
+    """tensor x pipeline x data ranks, tensor fastest; with `zero`, data ranks share out the optimizer."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -67,11 +67,8 @@ def cut(whole: torch.Tensor, offset: tuple[int, ...], size: tuple[int, ...]) -> 
 
 def slices_of(tensors: dict[Key, torch.Tensor], grid: Grid, rank: int) -> list[TensorSlice]:
     """What `rank` holds, with the values of `tensors`."""
-    t, p, d = (
-        rank % grid.tensor,
-        rank // grid.tensor % grid.pipeline,
-        rank // (grid.tensor * grid.pipeline),
-    )
+    t, model_parallel = rank % grid.tensor, grid.tensor * grid.pipeline
+    p, d = rank % model_parallel // grid.tensor, rank // model_parallel
     slices = []
     for (name, state), whole in tensors.items():
         stage = 0 if grid.pipeline == 1 or "layers.0" in name or "embed" in name else grid.pipeline - 1
@@ -79,7 +76,7 @@ def slices_of(tensors: dict[Key, torch.Tensor], grid: Grid, rank: int) -> list[T
             continue
         offset, size, split = _tensor_parallel_box(name, tuple(whole.shape), grid.tensor, t)
         tensor_ranks = [t] if split else range(grid.tensor)
-        if state == "weight" and whole.dtype != torch.float32 or not grid.zero:
+        if state == "weight" or not grid.zero:
             holders = tuple(sorted(grid.rank(u, p, e) for u in tensor_ranks for e in range(grid.data)))
             slices.append(
                 TensorSlice(
@@ -122,6 +119,7 @@ def _tensor_parallel_box(
     axis = 1 if "o_proj" in name or "down_proj" in name else 0
     if tensor == 1 or "norm" in name or "experts" in name:
         return (0,) * len(shape), shape, tensor == 1
-    share = shape[axis] // tensor
-    offset = tuple(t * share if a == axis else 0 for a in range(len(shape)))
-    return offset, tuple(share if a == axis else n for a, n in enumerate(shape)), True
+    share = -(-shape[axis] // tensor)  # the vocabulary is not divisible: the last rank has less
+    first, last = min(t * share, shape[axis]), min((t + 1) * share, shape[axis])
+    offset = tuple(first if a == axis else 0 for a in range(len(shape)))
+    return offset, tuple(last - first if a == axis else n for a, n in enumerate(shape)), True
