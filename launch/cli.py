@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launch import checkpoint_cli, data_cli
 from launch.errors import ReportingGroup
 
 app = typer.Typer(
@@ -59,6 +60,10 @@ def ratoon(
 
     New here? [bold cyan]ratoon demo[/] trains a small model in a few minutes, without a GPU.
     """
+
+
+app.add_typer(data_cli.app, name="data")
+app.add_typer(checkpoint_cli.app, name="checkpoint")
 
 
 @app.command()
