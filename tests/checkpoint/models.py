@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
+from checkpoint.folder import mark_complete, step_name
+from checkpoint.manifest import MANIFEST, Manifest, merge
+from checkpoint.write import share_out, write_rank_file
 from parallel.slices import TensorSlice, flat_range_boxes
 
 Key = tuple[str, str]
@@ -46,11 +52,15 @@ class Grid:
         return {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data, "zero": self.zero}
 
 
-def make_tensors(seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[Key, torch.Tensor]:
+def make_tensors(
+    seed: int,
+    dtype: torch.dtype = torch.bfloat16,
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType(SHAPES),
+) -> dict[Key, torch.Tensor]:
     """Whole tensors of all states, as one rank in training precision `dtype` would have them."""
     tensors = {}
     states = ["exp_avg", "exp_avg_sq"] + (["master"] if dtype != torch.float32 else [])
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         for state in [*states, "weight"]:
             key = hashlib.sha256(f"{seed}{name}{state}".encode()).digest()[:6]
             generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
@@ -123,3 +133,27 @@ def _tensor_parallel_box(
     first, last = min(t * share, shape[axis]), min((t + 1) * share, shape[axis])
     offset = tuple(first if a == axis else 0 for a in range(len(shape)))
     return offset, tuple(last - first if a == axis else n for a, n in enumerate(shape)), True
+
+
+def save_all_ranks(
+    folder: Path, tensors: dict[Key, torch.Tensor], grid: Grid, step: int = 100
+) -> tuple[Path, Manifest]:
+    """A complete checkpoint as the ranks of `grid` would save it, written by this one process."""
+    path = folder / step_name(step)
+    path.mkdir(parents=True)
+    parts = []
+    for rank in range(grid.world_size):
+        mine = share_out(slices_of(tensors, grid, rank), rank)
+        file = path / f"rank-{rank:05d}.safetensors"
+        options = {"rank": rank, "step": step, "world_size": grid.world_size}
+        parts.append(write_rank_file(file, mine, {"rng": bytes([rank])}, **options).manifest)
+    joined, blobs = merge(parts)
+    manifest = Manifest(step, grid.world_size, joined, {"layout": grid.as_json()}, blobs)
+    rewrite(path, manifest)
+    return path, manifest
+
+
+def rewrite(path: Path, manifest: Manifest) -> None:
+    """Put this manifest into the checkpoint and mark it complete."""
+    (path / MANIFEST).write_bytes(manifest.to_json())
+    mark_complete(path, manifest.step, "test")
