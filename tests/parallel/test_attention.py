@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 TIGHT = 1e-14
 # float32 rounds at 6e-8, the sums over keys and then over queries hold a hundred terms each.
 SINGLE = 3e-6
-# bfloat16 rounds at 4e-3: inputs are exact, weights, output and its gradients are each rounded.
+# bfloat16 rounds at 2^-8: inputs are exact, weights, output and its gradients are each rounded.
 HALF = 2e-2
 
 HEADS = [(8, 8), (8, 2), (4, 1)]
