@@ -63,20 +63,24 @@ class Mesh:
         """Whether this rank computes the loss."""
         return self.pipeline_rank == self.layout.pipeline - 1
 
-    def holders(self, kind: str, *, on_first_and_last_stage: bool = False) -> tuple[int, ...]:
-        """Global ranks that hold the same copy of a parameter as this rank.
+    def holders(
+        self, kind: str, *, on_first_and_last_stage: bool = False, sharded: bool = False
+    ) -> tuple[int, ...]:
+        """Global ranks that hold the same part of a parameter, or of its optimizer state, as this rank.
 
         Args:
             kind: "tensor" (split over the tensor ranks), "replicated" (whole on every tensor rank) or
                 "expert" (held by the ranks of this expert and tensor rank).
             on_first_and_last_stage: a tied embedding, of which the last pipeline stage keeps a copy.
+            sharded: what the distributed optimizer keeps, each data and context rank another range.
         """
-        group = {
-            "tensor": self.groups.dp_cp,
-            "replicated": self.groups.tp_dp_cp,
-            "expert": self.groups.expt_dp,
-        }[kind]
-        ranks = set(dist.get_process_group_ranks(group))
+        groups: dict[str, Any] = {
+            "tensor": None if sharded else self.groups.dp_cp,
+            "replicated": self.groups.tp if sharded else self.groups.tp_dp_cp,
+            "expert": None if sharded else self.groups.expt_dp,
+        }
+        group = groups[kind]
+        ranks = {self.rank} if group is None else set(dist.get_process_group_ranks(group))
         if on_first_and_last_stage and self.layout.pipeline > 1:
             stage = self.world_size // self.layout.pipeline
             here = self.pipeline_rank * stage

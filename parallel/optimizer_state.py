@@ -59,7 +59,7 @@ def state_slices(named: list[NamedParameter], optimizer: Any, mesh: Mesh) -> Ite
     """Weights, masters and moments that this rank holds.
 
     A weight is held whole by every data rank. Masters and moments are too without the distributed optimizer;
-    with it this rank alone holds a flat range of the parameter. An fp32 weight is its own master.
+    with it each data and context rank has a flat range of the parameter. An fp32 weight is its own master.
     """
     shards = _shards(optimizer)
     for entry in named:
@@ -69,7 +69,7 @@ def state_slices(named: list[NamedParameter], optimizer: Any, mesh: Mesh) -> Ite
         if entry.parameter not in shards:
             continue
         main, start, end, states, shared = shards[entry.parameter]
-        holders = holders if shared else (mesh.rank,)
+        holders = mesh.holders(entry.kind, on_first_and_last_stage=entry.tied, sharded=not shared)
         if main is not None:
             yield from _cut(entry.blocks, "master", main, start, end, holders)
         for state, value in states.items():

@@ -35,12 +35,12 @@ class Backend:
 
 def choose_backend(*, portable: bool = False) -> Backend:
     """Transformer Engine where CUDA and it are present, the portable modules elsewhere or when asked for."""
-    if portable:
-        return Backend("portable", "asked for")
     if not torch.cuda.is_available():
         return Backend("portable", "torch sees no CUDA device")
     if importlib.util.find_spec("transformer_engine") is None:
         return Backend("portable", "Transformer Engine is not installed; pip install 'ratoon[gpu]' adds it")
+    if portable:
+        return Backend("portable", "asked for")
     return Backend("transformer_engine", "CUDA and Transformer Engine are present")
 
 

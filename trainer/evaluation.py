@@ -1,0 +1,55 @@
+"""The loss on held-out documents, one number for each validation set."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from trainer.data.stream import ValidationStream
+from trainer.metrics.sink import EvaluationRecord
+from trainer.session import Session
+from trainer.step import evaluate
+
+
+class Evaluator:
+    """Evaluates all validation sets of a run, on all ranks together."""
+
+    def __init__(self, session: Session) -> None:
+        """Open the validation sets."""
+        config = session.config
+        self._session = session
+        self._streams = [
+            ValidationStream(config.data, one.name, global_batch=config.train.global_batch)
+            for one in config.data.validation
+        ]
+
+    def due(self, *, last: bool) -> bool:
+        """Whether to evaluate after the step just done."""
+        every = self._session.config.eval.every
+        return bool(self._streams) and (last or (every > 0 and self._session.step % every == 0))
+
+    def run(self) -> EvaluationRecord:
+        """Mean loss in nats of every validation set, over at most `eval.batches` global batches."""
+        began = time.monotonic()
+        losses, tokens = {}, {}
+        for stream in self._streams:
+            losses[stream.name], tokens[stream.name] = self._mean(stream)
+        return EvaluationRecord(self._session.step, losses, tokens, time.monotonic() - began)
+
+    def _mean(self, stream: ValidationStream) -> tuple[float, int]:
+        session = self._session
+        total = count = 0.0
+        for step in range(min(stream.steps, session.config.eval.batches or stream.steps)):
+            batches = stream.micro_batches(
+                step,
+                data_rank=session.mesh.data_rank,
+                data_size=session.mesh.data,
+                micro_batch=session.config.train.micro_batch,
+            )
+            report = evaluate(
+                session.engine, batches, num_sources=1, document_mask=session.config.data.document_mask
+            )
+            if report.tokens:
+                total += report.loss * report.tokens
+                count += report.tokens
+        return (total / count if count else math.nan), round(count)

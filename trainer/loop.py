@@ -1,0 +1,78 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+
+from trainer.config import RunConfig
+from trainer.data.batch import MicroBatch
+from trainer.data.prefetch import Prefetcher
+from trainer.evaluation import Evaluator
+from trainer.metrics.sink import MetricSink, RunInfo
+from trainer.model.parameters import count_parameters
+from trainer.progress import Progress
+from trainer.session import Session, open_session, saved_sentence
+from trainer.step import train_step
+
+
+def train(config: RunConfig, *, sink: MetricSink) -> None:
+    """Train to `train.steps`, from the run's own newest checkpoint or `checkpoint.load` where there is one.
+
+    Runs on every rank of an initialised process group; only the first rank's sink takes records.
+    """
+    session, notes = open_session(config)
+    progress, evaluator = Progress(session), Evaluator(session)
+    sink.start(_info(session, [*notes, *progress.notes]))
+    try:
+        with Prefetcher(session.batches, stop=config.train.steps) as prefetcher:
+            while session.step < config.train.steps:
+                _step(session, prefetcher, progress, sink)
+                last = session.step == config.train.steps
+                if evaluator.due(last=last):
+                    sink.evaluation(evaluator.run())
+                if last or session.step % config.checkpoint.every == 0:
+                    session.save()
+        _report_save(session, sink, wait=True)
+    finally:
+        sink.close()
+
+
+def _step(
+    session: Session, prefetcher: Prefetcher[list[MicroBatch]], progress: Progress, sink: MetricSink
+) -> None:
+    config = session.config
+    began = time.monotonic()
+    batches = prefetcher.get(session.step)
+    report = train_step(
+        session.engine,
+        batches,
+        lr=session.schedule.lr(session.step, session.anchor),
+        source_names=session.stream.source_names,
+        document_mask=config.data.document_mask,
+    )
+    session.step += 1
+    session.lr = report.lr
+    record = progress.record(report, batches, time.monotonic() - began)
+    if session.step % config.metrics.every == 0 or session.step == config.train.steps:
+        sink.step(record)
+    _report_save(session, sink)
+
+
+def _report_save(session: Session, sink: MetricSink, *, wait: bool = False) -> None:
+    """Raise what went wrong in a background save, or say that it is done."""
+    saved = session.saver.close() if wait else session.saver.poll()
+    if saved is not None:
+        sink.event(saved_sentence(saved), step=saved.step)
+
+
+def _info(session: Session, notes: list[str]) -> RunInfo:
+    config = session.config
+    return RunInfo(
+        name=config.run.name,
+        first_step=session.step,
+        total_steps=config.train.steps,
+        tokens_per_step=config.tokens_per_step,
+        layout=config.parallel.describe(session.mesh.world_size),
+        parameters=count_parameters(session.model).total,
+        notes=notes,
+    )

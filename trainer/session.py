@@ -1,0 +1,249 @@
+"""Everything that a run holds while it trains, made from its configuration and its checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.folder import find_latest
+from checkpoint.load import LoadedState, load
+from checkpoint.save import Saved, Saver
+from parallel.engine import Engine
+from parallel.layout import Layout
+from parallel.mesh import Mesh, build_mesh
+from parallel.random_state import get_random_state, set_random_state
+from trainer.build import build_engine, execution_here
+from trainer.config import RunConfig, architecture, schedule
+from trainer.data.batch import MicroBatch
+from trainer.data.stream import TokenStream
+from trainer.model.architecture import Architecture
+from trainer.model.transformer import Execution
+from trainer.precision import accelerator_here, fp8_refusal
+from trainer.schedule import Anchor, Schedule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """The parts of a run, and how far it is.
+
+    Attributes:
+        step: optimizer steps done, those before a resume included.
+        anchor: where the schedule began; with the step it decides every learning rate.
+        lr: learning rate of the last update.
+        lineage: the checkpoints that this run has started from, oldest first.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    model: Architecture
+    execution: Execution
+    engine: Engine
+    stream: TokenStream
+    schedule: Schedule
+    anchor: Anchor
+    saver: Saver
+    step: int
+    lr: float
+    lineage: list[dict[str, Any]]
+
+    def batches(self, step: int) -> list[MicroBatch]:
+        """This data rank's micro-batches of `step`."""
+        return self.stream.micro_batches(
+            step,
+            data_rank=self.mesh.data_rank,
+            data_size=self.mesh.data,
+            micro_batch=self.config.train.micro_batch,
+        )
+
+    def save(self) -> None:
+        """Save a checkpoint of the steps done so far, in the background where the run file allows it."""
+        self.saver.save(self.step, self.engine.slices(), self._state(), get_random_state())
+
+    def _state(self) -> dict[str, Any]:
+        """All that decides the next step and is no tensor: JSON, the same on every rank."""
+        return {
+            "step": self.step,
+            "scalars": {"updates": self.engine.updates, "lr": self.lr},
+            "schedule": {
+                "anchor": self.anchor.to_json(),
+                "form": self.config.schedule.model_dump(mode="json"),
+            },
+            "data": self.stream.state(self.step),
+            "parameter_groups": self.config.optimizer.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "config": self.config.model_dump(mode="json"),
+            "layout": layout_facts(self.mesh),
+            "lineage": self.lineage,
+        }
+
+
+def layout_facts(mesh: Mesh) -> dict[str, Any]:
+    """The layout as a checkpoint keeps it."""
+    return {**dataclasses.asdict(mesh.layout), "world_size": mesh.world_size}
+
+
+def open_session(config: RunConfig) -> tuple[Session, list[str]]:
+    """Build mesh, engine and data, and go on from a checkpoint where there is one.
+
+    Returns:
+        The session, and sentences about what was found and chosen, for whoever watches the run.
+
+    Raises:
+        ValueError: this machine cannot do what the run file asks, or the checkpoint does not fit.
+    """
+    refusal = fp8_refusal(config.precision.fp8, config.train.precision, accelerator_here())
+    if refusal:
+        raise ValueError(refusal)
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.run.seed)
+    model = architecture(config)
+    execution = execution_here(
+        precision=config.train.precision,
+        fp8=config.precision.fp8,
+        recompute=config.train.recompute,
+        deterministic=config.run.deterministic,
+    )
+    mesh = build_mesh(config.parallel, seed=config.run.seed)
+    engine = build_engine(
+        mesh,
+        model,
+        config.optimizer,
+        execution,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+    )
+    plan = schedule(config)
+    saver = Saver(
+        checkpoints(config),
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        keep_last=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        background=config.checkpoint.background,
+    )
+    path, same_run = starting_point(config)
+    loaded = _load(config, engine, path, weights_only=config.checkpoint.weights_only and not same_run)
+    session = Session(
+        config=config,
+        mesh=mesh,
+        model=model,
+        execution=execution,
+        engine=engine,
+        stream=_open_stream(config, loaded),
+        schedule=plan,
+        anchor=plan.begin(),
+        saver=saver,
+        step=0,
+        lr=0.0,
+        lineage=[],
+    )
+    notes = [f"{engine.backend.kind} modules: {engine.backend.reason}; {_optimizer_name(engine)}"]
+    if loaded is not None:
+        notes += _go_on(session, loaded, same_run=same_run)
+    return session, notes
+
+
+def checkpoints(config: RunConfig) -> Path:
+    """Where the run's own checkpoints lie."""
+    return config.run.folder / "checkpoints"
+
+
+def starting_point(config: RunConfig) -> tuple[Path | None, bool]:
+    """The checkpoint to start from, if any, and whether it is this run's own."""
+    own = find_latest(checkpoints(config)) if config.checkpoint.resume else None
+    if own is not None:
+        return own, True
+    return config.checkpoint.load, False
+
+
+def _load(config: RunConfig, engine: Engine, path: Path | None, *, weights_only: bool) -> LoadedState | None:
+    if path is None:
+        return None
+    return load(
+        path,
+        engine.slices(),
+        rank=engine.mesh.rank,
+        layout=layout_facts(engine.mesh),
+        weights_only=weights_only,
+    )
+
+
+def _open_stream(config: RunConfig, loaded: LoadedState | None) -> TokenStream:
+    fresh = loaded is None or bool(loaded.fresh)
+    return TokenStream(
+        config.data,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        state=None if fresh or loaded is None else loaded.state["data"],
+    )
+
+
+def _go_on(session: Session, loaded: LoadedState, *, same_run: bool) -> list[str]:
+    """Take over step, schedule and random streams; say what has changed."""
+    saved = loaded.state
+    session.lineage = [*saved.get("lineage", [])]
+    if not same_run:
+        origin = {"path": str(loaded.path), "step": loaded.step, "run": saved["config"]["run"]["name"]}
+        session.lineage.append(origin)
+    notes = [f"loaded {loaded.path}, saved under {_degrees(saved['layout'])}: {_amount(loaded)}"]
+    notes += [
+        f"changed since: {change}" for change in _differences(saved["model"], session.model.model_dump())
+    ]
+    if loaded.fresh:
+        return [*notes, f"{', '.join(loaded.fresh)} start fresh, and so do step, schedule and data"]
+    session.step = loaded.step
+    session.lr = float(saved["scalars"]["lr"])
+    session.engine.updates = int(saved["scalars"]["updates"])
+    anchor = Anchor.from_json(saved["schedule"]["anchor"])
+    session.anchor = session.schedule.resume(anchor, step=session.step, lr=session.lr, same_run=same_run)
+    if session.anchor != anchor:
+        notes.append(
+            f"the schedule starts anew: {session.config.schedule.kind} from step {session.anchor.step}, "
+            f"learning rate {session.anchor.lr:.3g}"
+        )
+    if loaded.rank_state:
+        set_random_state(dict(loaded.rank_state))
+    return notes
+
+
+def _amount(loaded: LoadedState) -> str:
+    return (
+        f"step {loaded.step}, {loaded.bytes_read / 1e6:,.1f} MB read by this rank in {loaded.seconds:.2f} s"
+    )
+
+
+def _degrees(layout: Mapping[str, Any]) -> str:
+    degrees = {key: value for key, value in layout.items() if key != "world_size"}
+    return Layout(**degrees).describe(layout["world_size"])
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Fields of the model that the checkpoint had otherwise; its shapes have been compared already."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
+    return [
+        f"model.{key} {saved[key]} -> {plain[key]}"
+        for key in saved
+        if key in plain and plain[key] != saved[key]
+    ]
+
+
+def _optimizer_name(engine: Engine) -> str:
+    inner = type(engine.optimizer.chained_optimizers[0].optimizer)
+    return f"optimizer {inner.__module__.split('.')[0]}.{inner.__name__}"
+
+
+def saved_sentence(saved: Saved) -> str:
+    """A finished save in words."""
+    return (
+        f"saved {saved.path.name} ({saved.num_bytes / 1e6:,.1f} MB by this rank, stall "
+        f"{saved.stall_seconds:.2f} s, written in {saved.write_seconds:.2f} s)"
+    )
