@@ -31,6 +31,10 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "router_jitter_noise": (None, 0, 0.0),
     "partial_rotary_factor": (None, 1, 1.0),
 }
+_INTEGERS = (
+    "head_dim max_position_embeddings max_window_layers moe_intermediate_size num_experts "
+    "num_experts_per_tok num_key_value_heads num_local_experts sliding_window"
+).split()
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Llama 3.1's stretching of RoPE as megatron-core has it: these three are not configurable there.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -137,6 +141,11 @@ def from_huggingface(raw: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: model_type is {raw.get('model_type')!r}, supported are {', '.join(FAMILIES)}"
         )
     problems = [f"{where}: {key} is missing" for key in _NEEDED if raw.get(key) is None]
+    problems += [
+        f"{where}: {key} is {raw[key]!r}, a whole number is expected"
+        for key in (*_NEEDED, *_INTEGERS)
+        if raw.get(key) is not None and type(raw[key]) is not int
+    ]
     if problems:
         raise ValueError("\n".join(problems))
     keys = {**_LLAMA_DEFAULTS, **family.defaults, **raw}
