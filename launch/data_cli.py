@@ -111,7 +111,7 @@ def _prepare(options: PrepareOptions) -> None:
 
 @contextmanager
 def _cleaning_up_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM, as a batch system sends it, end the work the way Ctrl-C does: nothing half-written stays."""
+    """Let SIGTERM, as batch systems send it, end the work as Ctrl-C does: nothing half-written stays."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
