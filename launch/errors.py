@@ -81,11 +81,14 @@ class ReportingGroup(typer.core.TyperGroup):
 
 
 def _show_rank_error(error: RankError) -> None:
+    console = Console(stderr=True, highlight=False)
     if error.message is not None:
         show_error(f"Rank {error.rank} stopped the run", error.message)
     else:
-        Console(stderr=True).print(Text(f"rank {error.rank} failed:", style="bold red"))
+        console.print(Text(f"Rank {error.rank} failed:", style="bold red"))
         sys.stderr.write(error.report.rstrip() + "\n")
+    for note in getattr(error, "__notes__", ()):
+        console.print(note, soft_wrap=True, markup=False)
 
 
 def _leave_live_display() -> None:

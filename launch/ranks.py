@@ -33,6 +33,7 @@ from launch.process_group import start_process_group
 
 _GRACE = 0.5  # seconds in which other failures may still turn out to be the earlier ones
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_STDERR = 2  # sys.stderr may be an object without a file descriptor
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def _rank_main(sender: Connection, place: _Place, target: Callable[..., Any], ar
 
 
 def _live_and_die_with_parent(parent: int) -> None:
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.enable(file=_STDERR)
+    faulthandler.register(signal.SIGUSR1, file=_STDERR, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent answers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":

@@ -33,7 +33,7 @@ class Terminal:
         size = f", {count(info.parameters)} parameters" if info.parameters else ""
         self.console.print(Text(info.name, style="bold") + Text(f": {info.layout}{size}", style="default"))
         for note in info.notes:
-            self.console.print(Text(note, style="dim"))
+            self.console.print(Text(note, style="dim"), soft_wrap=not self.console.is_terminal)
         if self.console.is_terminal:
             self._live = Live(console=self.console, refresh_per_second=8, transient=False)
             self._live.start()
@@ -72,14 +72,17 @@ def live_line(record: StepRecord, total_steps: int, width: int) -> Table:
     parts: list[Text] = []
     room = width - step.cell_len
     for key, text in fields(record):
-        part = Text.assemble((f" {key} ", "dim"), text)
+        part = Text.assemble((f" {key} ", "dim"), text.ljust(5))  # so that the bar keeps its length
         if room < part.cell_len:
             break
         room -= part.cell_len
         parts.append(part)
     line = Table.grid()
-    bar = ProgressBar(total=total_steps, completed=record.step, width=min(24, room - 1)) if room > 6 else ""
-    line.add_row(step, bar, *parts)
+    if room > 6:
+        bar = ProgressBar(total=total_steps, completed=record.step, width=min(24, room - 1))
+        line.add_row(step, bar, *parts)
+    else:
+        line.add_row(step, *parts)
     return line
 
 

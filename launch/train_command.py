@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from types import FrameType
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from launch.environment import Environment, announce_rank, hide_gpus, read_environment, threads_per_rank
 from launch.errors import USAGE, RankError, user_message
 from launch.process_group import start_process_group
-from launch.rank_logs import FAILURE, start_logging
+from launch.rank_logs import FAILURE, log_path, start_logging
 from launch.ranks import run_ranks
 from launch.terminal import Terminal
 from trainer.config import RunConfig, check_config, config_toml, load_config, resolve
@@ -70,16 +71,35 @@ def start_ranks(config: RunConfig, world_size: int, *, gpus: int) -> None:
     this process, which has imported everything by then.
     """
     write_run_folder(config)
-    signal.signal(signal.SIGTERM, _leave)
-    if gpus >= world_size:
-        run_ranks(run_rank, world_size, config, start_method="spawn")
-        return
-    if gpus:
-        Console(stderr=True).print(f"{world_size} ranks and {gpus} GPUs: the ranks run on the CPU.")
+    before = signal.signal(signal.SIGTERM, _leave)
+    gpu = gpus >= world_size
+    _announce(world_size, gpus=gpus)
+    if not gpu:
         hide_gpus()
-    import trainer.loop  # noqa: F401  # the ranks are forked warm
+        _import_once()
+    try:
+        run_ranks(run_rank, world_size, config, start_method="spawn" if gpu else "fork")
+    except RankError as error:
+        error.add_note(f"Its log is {log_path(config.run.folder, error.rank)}")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-    run_ranks(run_rank, world_size, config)
+
+def _announce(world_size: int, *, gpus: int) -> None:
+    """Say what starts: the next line takes some seconds."""
+    where = "with a GPU each" if gpus >= world_size else "on the CPU"
+    if 0 < gpus < world_size:
+        where += f", because there is no GPU for each of them ({gpus} here)"
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    Console(stderr=True, highlight=False).print(f"Starting {ranks} {where} ...", style="dim")
+
+
+def _import_once() -> None:
+    """Import what the ranks need, so that they are forked warm."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries that miss each other; the run's notes say it once
+        import trainer.loop  # noqa: F401
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
@@ -136,11 +156,12 @@ def write_run_folder(config: RunConfig) -> None:
 def run_rank(config: RunConfig) -> None:
     """Train on this rank, whose process group has started."""
     import torch.distributed as dist
-    from trainer.loop import train as run_loop
 
     rank, folder = dist.get_rank(), config.run.folder
     console = Console(highlight=False, stderr=rank != 0)
-    start_logging(folder, rank=rank, console=console)
+    start_logging(folder, rank=rank, console=console)  # first, for the warnings of what is imported next
+    from trainer.loop import train as run_loop
+
     sink = SinkList(_sinks(config, console) if rank == 0 else ())
     try:
         run_loop(config, sink=sink)
