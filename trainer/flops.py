@@ -8,6 +8,7 @@ al. 2021 (arXiv 2104.04473, appendix), who add the activations computed again, w
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ class Flops:
         return Flops(self.causal + other.causal, self.full + other.full, self.packed + other.packed)
 
 
+@functools.cache
 def matrix_parameters(model: Architecture) -> int:
     """Elements of the matrices that a token is multiplied by: its experts, the output layer, no embedding."""
     total = 0.0

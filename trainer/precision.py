@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,8 +82,9 @@ def accelerator_here() -> Accelerator:
         version = importlib.metadata.version("transformer_engine")
     except importlib.metadata.PackageNotFoundError:
         return Accelerator(capability, None)
-    major, minor = version.split(".")[:2]
-    return Accelerator(capability, (int(major), int(minor)))
+    release = re.match(r"(\d+)\.(\d+)", version)
+    assert release is not None, f"Transformer Engine calls itself {version}"
+    return Accelerator(capability, (int(release[1]), int(release[2])))
 
 
 def _dotted(version: tuple[int, int]) -> str:
