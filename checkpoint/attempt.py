@@ -34,7 +34,7 @@ class SaveError(RuntimeError):
     """A checkpoint was not saved. The ones before it are untouched."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
     """Where one save writes and how its ranks hear of each other.
 
@@ -42,6 +42,7 @@ class Attempt:
         folder: of all checkpoints of the run, on a file system that all ranks share.
         key: the same on all ranks, and different for every attempt.
         deadline: seconds to wait for other ranks.
+        published: whether this rank's file is rank 0's to use, hence not to be removed any more.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Attempt:
     rank: int
     world_size: int
     deadline: float
+    published: bool = False
 
     @property
     def partial(self) -> Path:
@@ -69,22 +71,31 @@ class Attempt:
         if self.rank == 0:
             self.partial.mkdir(parents=True)
         else:
-            self._wait_for("rank 0 to start the save", lambda: (self.partial / on_disk.WRITING).exists())
+            self._wait_for("rank 0 to start the save", self._started)
         with on_disk.writing(self.partial) if self.rank == 0 else nullcontext():
             yield
 
     def publish(self, index: bytes) -> None:
-        """Say that this rank's file is whole; `index` is its manifest."""
-        on_disk.write_durably(self.partial / f"rank-{self.rank:05d}.json", index)
+        """Say that this rank's file is whole and on the disk; `index` is its manifest."""
+        path = self.partial / f"rank-{self.rank:05d}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(index)
+        on_disk.sync_folder(self.partial)
+        os.rename(temporary, path)  # the last thing that can fail: from here on rank 0 counts on the file
+        self.published = True
 
     def report(self, error: BaseException) -> None:
         """Tell the others that this rank has failed. Never raises: the error is on its way already."""
-        with suppress(OSError):
-            self.data_file.unlink(missing_ok=True)  # on a full disk, makes room for the report
-        name = FAILED if self.rank == 0 else f"rank-{self.rank:05d}.error"
+        if not self.published:
+            with suppress(OSError):
+                self.data_file.unlink(missing_ok=True)  # on a full disk, makes room for the report
+        path = self.partial / (FAILED if self.rank == 0 else f"rank-{self.rank:05d}.error")
+        if self.rank == 0 and not self.partial.exists() and on_disk.read_marker(self.final) is None:
+            path = self.final / FAILED  # it has its name already, but could not be marked complete
         text = str(error) if isinstance(error, SaveError) else self.describe(error)
         try:
-            on_disk.write_durably(self.partial / name, text.encode())
+            path.parent.mkdir(exist_ok=True)
+            on_disk.write_durably(path, text.encode())
         except OSError:
             if self.rank == 0:  # a folder that vanishes is a message too
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -126,8 +137,8 @@ class Attempt:
         on_disk.mark_complete(self.final, self.step, self.key)
         with suppress(OSError):
             (self.final / on_disk.WRITING).unlink()
-        if replaced is not None:
-            on_disk.remove(replaced)
+            if replaced is not None:
+                on_disk.remove(replaced)
 
     def await_commit(self) -> None:
         """The other ranks: wait until rank 0 has marked the checkpoint complete.
@@ -138,25 +149,37 @@ class Attempt:
 
         def committed() -> bool:
             there = self.partial.exists()
-            if (self.partial / FAILED).exists():
-                raise SaveError((self.partial / FAILED).read_text(encoding="utf-8"))
             marker = on_disk.read_marker(self.final)
             if marker is not None and marker.save == self.key:
                 return True
+            self._raise_failure()
             if not there and not self.final.exists():
                 raise SaveError(f"saving step {self.step} failed on rank 0: {self.partial} has vanished")
             return False
 
-        self._wait_for("rank 0 to complete the save", committed)
+        # rank 0 gives up first: it knows who is silent
+        self._wait_for("rank 0 to complete the save", committed, deadline=2 * self.deadline)
 
-    def _wait_for(self, what: str | Callable[[], str], done: Callable[[], bool]) -> None:
-        ends = time.monotonic() + self.deadline
+    def _started(self) -> bool:
+        self._raise_failure()
+        return (self.partial / on_disk.WRITING).exists()
+
+    def _raise_failure(self) -> None:
+        for path in (self.partial / FAILED, self.final / FAILED):
+            with suppress(FileNotFoundError):
+                raise SaveError(path.read_text(encoding="utf-8"))
+
+    def _wait_for(
+        self, what: str | Callable[[], str], done: Callable[[], bool], *, deadline: float | None = None
+    ) -> None:
+        deadline = deadline or self.deadline
+        ends = time.monotonic() + deadline
         pause = 0.001
         while not done():
             if time.monotonic() > ends:
                 missing = what if isinstance(what, str) else what()
                 raise SaveError(
-                    f"saving step {self.step} failed: rank {self.rank} waited {self.deadline:.0f} s "
+                    f"saving step {self.step} failed: rank {self.rank} waited {deadline:.0f} s "
                     f"for {missing} (do all ranks share the folder {self.folder}?)"
                 )
             time.sleep(pause)

@@ -29,7 +29,8 @@ from checkpoint.manifest import MANIFEST, Manifest
 COMPLETE = "COMPLETE"
 WRITING = "WRITING"
 _NAME = re.compile(r"step-(\d+)(\.\S+)?")
-_QUIET_SECONDS = 1800.0  # a foreign machine's unfinished save is abandoned after so long without a change
+_QUIET_SECONDS = 1800.0  # after so long without a change, another machine's save is taken for dead
+_START_SECONDS = 10.0  # the same for a folder that nobody has locked yet
 
 _log = logging.getLogger(__name__)
 
@@ -241,8 +242,10 @@ def _is_being_written(path: Path) -> bool:
         return True
     if host == platform.node():
         return False
+    if not host and ".partial-" not in path.name:
+        return False  # half removed
     changed = [path.stat().st_mtime] + [entry.stat().st_mtime for entry in os.scandir(path)]
-    return time.time() - max(changed) < (_QUIET_SECONDS if host else 10.0)
+    return time.time() - max(changed) < (_QUIET_SECONDS if host else _START_SECONDS)
 
 
 def _nearest(path: Path) -> str:

@@ -8,8 +8,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Saver:
             if self._background:
                 mine = self._host_copy.take(mine)
         except BaseException as error:
-            with attempt.entered():
+            with attempt.entered():  # the others wait for this rank's file
                 attempt.report(error)
             raise
         job = _Job(attempt, mine, frozen, dict(rank_state or {}), begin, time.monotonic())
@@ -168,35 +169,33 @@ class Saver:
     def _run(self, job: _Job) -> None:
         try:
             self._saved = self._write(job)
-        except SaveError as error:
-            self._error = error
         except BaseException as error:
-            self._error = SaveError(job.attempt.describe(error))
-            self._error.__cause__ = error
+            job.attempt.report(error)
+            self._error = error
+            if not isinstance(error, SaveError):
+                self._error = SaveError(job.attempt.describe(error))
+                self._error.__cause__ = error
 
     def _write(self, job: _Job) -> Saved:
         attempt = job.attempt
         if self.rank == 0:
-            on_disk.remove_leftovers(self.folder)
+            self._tidy(on_disk.remove_leftovers)
         with attempt.entered():
-            try:
-                written = write_rank_file(
-                    attempt.data_file,
-                    job.slices,
-                    job.rank_state,
-                    rank=self.rank,
-                    step=attempt.step,
-                    world_size=self.world_size,
-                )
-                attempt.publish(written.manifest.to_json())
-                if self.rank == 0:
-                    attempt.commit(self._merged(job).to_json())
-                    on_disk.retire(self.folder, keep_last=self._keep_last, keep_every=self._keep_every)
-            except BaseException as error:
-                attempt.report(error)
-                raise
-            if self.rank != 0:
+            written = write_rank_file(
+                attempt.data_file,
+                job.slices,
+                job.rank_state,
+                rank=self.rank,
+                step=attempt.step,
+                world_size=self.world_size,
+            )
+            attempt.publish(written.manifest.to_json())
+            if self.rank == 0:
+                attempt.commit(self._merged(job).to_json())
+            else:
                 attempt.await_commit()
+        if self.rank == 0:
+            self._tidy(partial(on_disk.retire, keep_last=self._keep_last, keep_every=self._keep_every))
         return Saved(
             path=attempt.final,
             step=attempt.step,
@@ -204,6 +203,13 @@ class Saver:
             stall_seconds=job.copied - job.begin,
             write_seconds=time.monotonic() - job.copied,
         )
+
+    def _tidy(self, work: Callable[[Path], None]) -> None:
+        """Removing what is old: a failure there costs space, not the checkpoint."""
+        try:
+            work(self.folder)
+        except OSError as error:
+            _log.warning("could not remove an old checkpoint in %s: %s", self.folder, error)
 
     def _merged(self, job: _Job) -> Manifest:
         """The manifest of the whole from every rank's; refused when a tensor is not covered exactly once."""

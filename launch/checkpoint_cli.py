@@ -107,7 +107,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     from rich.markup import escape
 
     missing = summary["missing_files"]
-    verdict = "[green]complete[/]" if summary["complete"] else f"[bold red]{len(missing)} files missing[/]"
+    count = f"{len(missing)} file{'s' if len(missing) > 1 else ''} missing"
+    verdict = f"[bold red]{count}[/]" if missing else "[green]complete[/]"
     console.print(f"[bold]{escape(summary['path'])}[/]  {verdict}", soft_wrap=True, highlight=False)
     facts = {
         "step": summary["step"],
