@@ -2,8 +2,8 @@
 
 megatron-core asks torch for CUDA devices, streams and events by name. Where torch sees no CUDA, `activate`
 gives the modules named below a view of torch in which those names mean the host: torch itself is left alone,
-except for two Tensor methods, which change for callers inside megatron-core only. `deactivate` undoes it all.
-Where torch does see CUDA, nothing is touched.
+except for three Tensor methods, which change for callers inside megatron-core only. `deactivate` undoes it
+all. Where torch does see CUDA, nothing is touched.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from parallel import host_matmul
 
 HOST = torch.device("cpu")
 
@@ -140,6 +142,7 @@ class _HostTorch(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("torch")
         self.cuda = _HostCuda()
+        self.matmul = host_matmul.matmul
         for name in self.FACTORIES:
             setattr(self, name, _on_host(getattr(torch, name)))
 
@@ -216,7 +219,8 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
 # Bound by an import that is skipped without Transformer Engine, though the code below it asks for it.
 _MISSING_WITHOUT_TE = ("megatron.core.transformer.moe.moe_utils", "te_general_gemm")
 
-# megatron-core tells CUDA tensors by their type's name, and moves tensors with .cuda().
+# megatron-core tells CUDA tensors by their type's name, moves tensors with .cuda(), and multiplies gradients
+# with .matmul().
 _TENSOR_CALLERS = "megatron.core."
 
 _undo: list[tuple[Any, str, Any]] = []
@@ -261,6 +265,7 @@ def activate() -> bool:
         _replace(module, _MISSING_WITHOUT_TE[1], None)
     _replace(torch.Tensor, "type", _type_for_megatron(torch.Tensor.type))
     _replace(torch.Tensor, "cuda", _cuda_for_megatron(torch.Tensor.cuda))
+    _replace(torch.Tensor, "matmul", _matmul_for_megatron(torch.Tensor.matmul))
     return True
 
 
@@ -313,3 +318,10 @@ def _cuda_for_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
         return self if _called_by_megatron() else original(self, *args, **kwargs)
 
     return cuda
+
+
+def _matmul_for_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
+    def matmul(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return host_matmul.matmul(self, other) if _called_by_megatron() else original(self, other)
+
+    return matmul
