@@ -14,6 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from parallel import host
 from parallel.layout import Layout
 
+_STREAMS = 10_000  # megatron-core spreads the streams of tensor and expert ranks over a few thousand seeds
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -93,7 +95,8 @@ def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = 30) -> M
     """Make megatron-core's process groups for `layout`. torch.distributed must be initialised.
 
     Args:
-        seed: of megatron-core's per-rank random streams (dropout); weights do not depend on it.
+        seed: of megatron-core's random streams (dropout); weights do not depend on it. Ranks with other
+            layers or other tokens get other streams, tensor ranks the same one for what they all hold.
     """
     host.activate()
     ps.initialize_model_parallel(
@@ -105,7 +108,7 @@ def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = 30) -> M
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=True,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + _STREAMS * (dist.get_rank() // layout.tensor))
     return Mesh(
         layout, dist.get_world_size(), dist.get_rank(), ProcessGroupCollection.use_mpu_process_groups()
     )
