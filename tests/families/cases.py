@@ -1,8 +1,7 @@
-"""The families under test: tiny random transformers models, one for each thing that a family does its own way."""
+"""The families under test: tiny random transformers models, one for each thing done its own way."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ FAMILIES = {
         Family(
             "llama 3.1 rope",
             "llama",
-            dict(head_dim=16, rope_parameters=_LLAMA3_ROPE),
+            dict(head_dim=16, rope_parameters=_LLAMA3_ROPE, max_position_embeddings=65536),
             dict(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
         ),
         Family("qwen2", "qwen2"),
@@ -88,8 +87,6 @@ FAMILIES = {
         ),
     )
 }
-
-ONE = Layout()
 
 
 def plain(**degrees: Any) -> Layout:
@@ -156,10 +153,8 @@ def build_model(family: Family, *, without: bool = False) -> PreTrainedModel:
     return model.eval()
 
 
-@functools.cache
 def saved_model(name: str, folder: Path) -> tuple[PreTrainedModel, Path]:
-    """A family's model, and the folder with its config.json as transformers writes it."""
+    """A family's model, and `folder`, which now has its config.json as transformers writes it."""
     model = build_model(FAMILIES[name])
-    path = folder / name.replace(" ", "-").replace(",", "").replace(".", "-")
-    model.config.save_pretrained(path)
-    return model, path
+    model.config.save_pretrained(folder)
+    return model, folder

@@ -21,8 +21,6 @@ from trainer.loss import token_loss
 from trainer.model.architecture import Architecture
 from trainer.optimizer import OptimizerConfig
 
-MICRO_BATCH = 2
-
 
 @dataclass(frozen=True)
 class Part:
@@ -70,8 +68,9 @@ def _run_rank(job: Job) -> tuple[list[Part], float]:
         mesh, job.model, OptimizerConfig(lr=1e-3), execution, sequence_length=length, seed=1
     )
     fill(engine, job.weights)
-    starts = range(mesh.data_rank * MICRO_BATCH, len(job.batch.tokens), mesh.data * MICRO_BATCH)
-    micro_batches = [rows_of(job.batch, start, start + MICRO_BATCH) for start in starts]
+    size = 2 if mesh.data * job.layout.pipeline <= 2 else 1  # the batch of four must fill ranks and stages
+    starts = range(mesh.data_rank * size, len(job.batch.tokens), mesh.data * size)
+    micro_batches = [rows_of(job.batch, start, start + size) for start in starts]
     logits = record_logits(engine)
     engine.zero_grad()
     engine.scale_loss(1.0 / float(job.batch.loss_weights.sum()))
