@@ -15,7 +15,15 @@ from launch.environment import read_environment
 from launch.terminal import count
 from launch.train_command import choose_world_size
 from parallel.layout import Layout
-from trainer.config import RunConfig, architecture, check_config, config_toml, load_config, resolve
+from trainer.config import (
+    RunConfig,
+    architecture,
+    check_config,
+    config_toml,
+    load_config,
+    resolve,
+    starting_checkpoint,
+)
 from trainer.flops import training_flops
 from trainer.memory import Batch, estimate_memory
 from trainer.model.architecture import Architecture
@@ -176,6 +184,8 @@ def _totals(config: RunConfig, model: Architecture, world_size: int) -> Iterator
     flops = training_flops(model, config.data.sequence_length, config.train.global_batch)
     yield "FLOPs a step", f"{flops.causal:.3g} causal, {flops.full:.3g} with full attention"
     yield "FLOPs in all", f"{flops.causal * config.train.steps:.3g} causal"
+    start = starting_checkpoint(config)
+    yield "starts from", str(start) if start else "new weights"
     yield "run folder", str(config.run.folder)
 
 

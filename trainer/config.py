@@ -88,6 +88,21 @@ def schedule(config: RunConfig) -> Schedule:
     return Schedule(config.schedule, config.optimizer.lr, config.optimizer.min_lr, config.train.steps)
 
 
+def starting_checkpoint(config: RunConfig) -> Path | None:
+    """The complete checkpoint that the run starts from, its own before `checkpoint.load`; None for a new run.
+
+    Raises:
+        ValueError: there is no complete checkpoint at `checkpoint.load`.
+    """
+    from checkpoint.folder import find_latest
+    from checkpoint.folder import resolve as resolve_folder
+
+    own = find_latest(config.run.folder / "checkpoints") if config.checkpoint.resume else None
+    if own is not None or config.checkpoint.load is None:
+        return own
+    return resolve_folder(config.checkpoint.load)
+
+
 def config_toml(config: RunConfig) -> str:
     """The run file that loads as `config`."""
     return to_toml(config.model_dump(mode="json", exclude_none=True))
@@ -169,6 +184,10 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
 
 def _step_problems(config: RunConfig) -> list[str]:
     problems = schedule(config).problems()
+    try:
+        starting_checkpoint(config)
+    except ValueError as error:
+        problems.append(f"checkpoint.load: {error}")
     if config.eval.every and not config.data.validation:
         problems.append(
             f"eval.every = {config.eval.every}, but there is nothing to evaluate on: add a "

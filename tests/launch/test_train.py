@@ -106,10 +106,11 @@ def test_the_folder_keeps_every_configuration_it_ran_with(run_file: Path) -> Non
 
 
 def test_what_a_user_can_mend_is_one_panel(run_file: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["train", "run.toml", "--set", "checkpoint.load=nowhere"])
+    train(run_file, ["train.steps=1"])
+    result = CliRunner().invoke(cli.app, ["train", "run.toml", "--set", "model.hidden_size=64"])
     assert result.exit_code == 1
     assert "Rank 0 stopped the run" in result.output
-    assert "nowhere" in result.output
+    assert "[257, 32]" in result.output  # the checkpoint's embedding
     assert "Traceback" not in result.output
     assert "Traceback" in (FOLDER / "logs/rank-0.log").read_text()  # for whoever wants to know more
 
