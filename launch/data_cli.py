@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ def _prepare(options: PrepareOptions) -> None:
     from launch.data_report import DataProgress, print_prepared
     from trainer.data.prepare import BadRecordError, prepare
 
+    if options.workers > 1:  # each worker is one thread: theirs times the tokenizer's would be too many
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with _cleaning_up_on_sigterm(), DataProgress() as progress:
             report = prepare(options, progress.update)

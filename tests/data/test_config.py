@@ -48,7 +48,7 @@ def test_all_problems_with_the_files_at_once(tmp_path: Path) -> None:
     for part, text in zip(expected, found, strict=True):
         assert part in text
     with pytest.raises(ValueError, match=r"(?s)half.idx is missing.*raw.*gone.bin.*held.bin.*no.json"):
-        open_corpora(config)
+        open_corpora(config, "sources")
 
 
 def test_no_sources_is_a_problem() -> None:

@@ -122,6 +122,6 @@ def test_data_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> 
         tmp_path / "c.json"
     )
     sources = [{"name": "c", "path": prefix}]
-    open_corpora(DataConfig(sources=sources))
+    open_corpora(DataConfig(sources=sources), "sources")
     with pytest.raises(ValueError, match=r"data.sources 'c': .*made with the tokenizer bytes \(257 ids"):
-        open_corpora(DataConfig(sources=sources, tokenizer=str(folder / "bpe.json")))
+        open_corpora(DataConfig(sources=sources, tokenizer=str(folder / "bpe.json")), "sources")

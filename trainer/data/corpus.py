@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from trainer.data.config import DataConfig, SourceConfig, ValidationConfig
+from trainer.data.config import DataConfig
 from trainer.data.indexed import IndexedReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -58,7 +59,7 @@ def read_sidecar(prefix: str) -> Sidecar | None:
 
 
 def open_corpus(prefix: str, tokenizer: Tokenizer) -> IndexedReader:
-    """Map a corpus that was made with `tokenizer`.
+    """Map a corpus that was made with `tokenizer`, as far as its sidecar tells.
 
     Raises:
         ValueError: it is missing, broken, empty, or made with another tokenizer.
@@ -68,19 +69,14 @@ def open_corpus(prefix: str, tokenizer: Tokenizer) -> IndexedReader:
         raise ValueError(f"{prefix}: holds no tokens; prepare it from files that have text")
     sidecar = read_sidecar(prefix)
     if sidecar is None:
-        logger.warning(
-            "%s.json does not exist: nothing says which tokenizer made these tokens; ids are only checked to "
-            "be below %d",
-            prefix,
-            tokenizer.vocab_size,
-        )
-    elif sidecar.fingerprint != tokenizer.fingerprint:
+        return corpus
+    if sidecar.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{prefix}: made with the tokenizer {sidecar.tokenizer} ({sidecar.vocab_size} ids, fingerprint "
             f"{sidecar.fingerprint}), the run has another ({tokenizer.vocab_size} ids, fingerprint "
             f"{tokenizer.fingerprint}); set data.tokenizer to that one or prepare the data again"
         )
-    elif (sidecar.documents, sidecar.tokens) != (corpus.num_documents, corpus.num_tokens):
+    if (sidecar.documents, sidecar.tokens) != (corpus.num_documents, corpus.num_tokens):
         raise ValueError(
             f"{prefix}: its .json counts {sidecar.documents} documents and {sidecar.tokens} tokens, its .idx "
             f"{corpus.num_documents} and {corpus.num_tokens}; they are not of one set, prepare the data again"
@@ -89,12 +85,12 @@ def open_corpus(prefix: str, tokenizer: Tokenizer) -> IndexedReader:
 
 
 def open_corpora(
-    config: DataConfig,
-) -> tuple[Tokenizer, list[IndexedReader], list[IndexedReader]]:
-    """The tokenizer, the sources and the validation sets of a run.
+    config: DataConfig, section: Literal["sources", "validation"]
+) -> tuple[Tokenizer, list[IndexedReader]]:
+    """The tokenizer of a run, and the corpora of this section in their order.
 
     Raises:
-        ValueError: lists everything that is wrong with any of them.
+        ValueError: lists everything that is wrong; of the other section, only which files are missing.
     """
     problems = config.problems()
     tokenizer: Tokenizer | None = None
@@ -103,20 +99,27 @@ def open_corpora(
     except ValueError as error:
         if not any(problem.startswith("data.tokenizer") for problem in problems):
             problems.append(f"data.tokenizer: {error}")
-    opened: dict[str, list[IndexedReader]] = {"sources": [], "validation": []}
-    sections: dict[str, tuple[SourceConfig, ...] | tuple[ValidationConfig, ...]] = {
-        "sources": config.sources,
-        "validation": config.validation,
-    }
-    for section, entries in sections.items():
-        for entry in entries:
-            where = f"data.{section} {entry.name!r}"
-            if tokenizer is None or any(problem.startswith(where) for problem in problems):
-                continue
+    corpora: list[IndexedReader] = []
+    for entry in config.sources if section == "sources" else config.validation:
+        where = f"data.{section} {entry.name!r}: "
+        if tokenizer is not None and not any(problem.startswith(where) for problem in problems):
             try:
-                opened[section].append(open_corpus(entry.path, tokenizer))
+                corpora.append(open_corpus(entry.path, tokenizer))
             except ValueError as error:
-                problems.append(f"{where}: {error}")
+                problems.append(where + str(error))
     if problems or tokenizer is None:
         raise ValueError("the data cannot be read:\n" + "\n".join(f"- {problem}" for problem in problems))
-    return tokenizer, opened["sources"], opened["validation"]
+    _warn_of_unknown_makers(corpora, tokenizer)
+    return tokenizer, corpora
+
+
+def _warn_of_unknown_makers(corpora: Sequence[IndexedReader], tokenizer: Tokenizer) -> None:
+    bare = [corpus.prefix for corpus in corpora if read_sidecar(corpus.prefix) is None]
+    if bare:
+        logger.warning(
+            "no .json beside %s%s: nothing says which tokenizer made these tokens, so their ids are only "
+            "checked to be below %d",
+            ", ".join(bare[:3]),
+            f" and {len(bare) - 3} more" if len(bare) > 3 else "",
+            tokenizer.vocab_size,
+        )

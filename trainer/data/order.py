@@ -8,6 +8,7 @@ documents that has been passed is kept.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from bisect import bisect_right
 from dataclasses import dataclass
 from math import isqrt
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 
 from trainer.data.indexed import IndexedReader
 
-BLOCK = 1024
-"""Documents whose order and lengths are worked out together."""
+BLOCK = 128
+"""Documents whose order and lengths are worked out together; few, so that many sources start with little."""
+BLOCKS_AHEAD = 512
+"""Most blocks that are passed over in one go on the way to a far token."""
 ROUNDS = 4
 
 
@@ -75,35 +78,44 @@ class _Epoch:
     def __init__(self, corpus: IndexedReader, key: int | None) -> None:
         self._corpus = corpus
         self._key = key
-        self._starts = [0]  # first token of each block so far, and of the next one
+        self._starts = array("q", [0])  # first token of each block so far, and of the next one
         self._last: tuple[int, Spans] | None = None
 
     def spans(self, first: int, count: int) -> list[Spans]:
         while self._starts[-1] <= first:
-            self._block(len(self._starts) - 1)
+            self._pass_over(first - self._starts[-1])
         block = bisect_right(self._starts, first) - 1
         pieces: list[Spans] = []
         while count > 0:
-            whole = self._block(block)
-            piece = cut(whole, first - self._starts[block], count)
+            piece = cut(self._block(block), first - self._starts[block], count)
             taken = int(piece.lengths.sum())
             pieces.append(piece)
             first, count, block = first + taken, count - taken, block + 1
         return pieces
 
+    def _pass_over(self, tokens: int) -> None:
+        """Note where the next blocks begin: about as many as `tokens` take, at least one."""
+        mean = self._corpus.num_tokens / len(self._corpus)
+        blocks = min(BLOCKS_AHEAD, 1 + int(tokens / mean / BLOCK))
+        block = len(self._starts) - 1
+        _, lengths = self._corpus.spans(self._documents(block, block + blocks))
+        sums = np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK))
+        self._starts.extend((self._starts[-1] + np.cumsum(sums)).tolist())
+
+    def _documents(self, first_block: int, last_block: int) -> NDArray[np.int64]:
+        count = len(self._corpus)
+        places = np.arange(first_block * BLOCK, min(last_block * BLOCK, count), dtype=np.int64)
+        return places if self._key is None else permute(places, count, self._key)
+
     def _block(self, block: int) -> Spans:
-        if self._last is not None and self._last[0] == block:
-            return self._last[1]
-        documents = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(self._corpus)), dtype=np.int64)
-        if self._key is not None:
-            documents = permute(documents, len(self._corpus), self._key)
-        begins, lengths = self._corpus.spans(documents)
-        kept = lengths > 0
-        spans = Spans(documents[kept], begins[kept], lengths[kept])
-        if block == len(self._starts) - 1:
-            self._starts.append(self._starts[block] + int(spans.lengths.sum()))
-        self._last = (block, spans)
-        return spans
+        if self._last is None or self._last[0] != block:
+            documents = self._documents(block, block + 1)
+            begins, lengths = self._corpus.spans(documents)
+            kept = lengths > 0
+            self._last = (block, Spans(documents[kept], begins[kept], lengths[kept]))
+            if block == len(self._starts) - 1:
+                self._starts.append(self._starts[block] + int(lengths.sum()))
+        return self._last[1]
 
 
 def permute(indices: NDArray[np.int64], count: int, key: int) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ and packing cuts them out (`pack`). n is the position since the mixture began: s
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,6 @@ from trainer.data.order import SourceOrder, Spans, cut, file_spans
 from trainer.data.packing import pack
 from trainer.data.position import Position
 from trainer.data.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,16 @@ class Batches:
         self.sequence_length = config.sequence_length
         self._document_mask = config.document_mask
         self._corpora = corpora
-        self._planned: tuple[int, StepPlan] | None = None
+        self._plans: dict[int, StepPlan] = {}
+        self._lock = threading.Lock()  # the next step is planned in a thread while this one is looked at
 
     def plan(self, step: int) -> StepPlan:
         """Where the sequences of `step` come from."""
-        if self._planned is None or self._planned[0] != step:
-            self._planned = (step, self._plan(step))
-        return self._planned[1]
+        with self._lock:
+            if step not in self._plans:
+                self._plans = dict(list(self._plans.items())[-1:])
+                self._plans[step] = self._plan(step)
+            return self._plans[step]
 
     def _plan(self, step: int) -> StepPlan:
         raise NotImplementedError
@@ -161,7 +162,7 @@ class TokenStream(Batches):
         Raises:
             ValueError: lists everything that is wrong with the files.
         """
-        tokenizer, corpora, _ = open_corpora(config)
+        tokenizer, corpora = open_corpora(config, "sources")
         names = tuple(source.name for source in config.sources)
         super().__init__(config, tokenizer, names=names, corpora=corpora, global_batch=global_batch)
         self._orders = [
@@ -184,7 +185,8 @@ class TokenStream(Batches):
 
     def state(self, step: int) -> dict[str, Any]:
         """The data position before `step`: JSON, independent of the layout."""
-        return self._position.state(step, self._mixture.counts(self._number(step)))
+        with self._lock:
+            return self._position.state(step, self._mixture.counts(self._number(step)))
 
     def _number(self, step: int) -> int:
         if step < self._position.first_step:
@@ -226,7 +228,7 @@ class ValidationStream(Batches):
         names = [one.name for one in config.validation]
         if name not in names:
             raise ValueError(f"no validation set {name!r}; [[data.validation]] has {names}")
-        tokenizer, _, corpora = open_corpora(config)
+        tokenizer, corpora = open_corpora(config, "validation")
         corpus = corpora[names.index(name)]
         super().__init__(config, tokenizer, names=(name,), corpora=[corpus], global_batch=global_batch)
         self.name = name

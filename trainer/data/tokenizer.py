@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -143,9 +144,15 @@ def load_tokenizer(spec: str, eod: str | None = None) -> Tokenizer:
             )
         return BytesTokenizer()
     path = _find(Path(spec))
-    if path.suffix == ".model":
-        return _load_sentencepiece(path, eod)
-    return _load_json(path, eod)
+    declared = None if path.suffix == ".model" else _declared_eod(path)
+    return _load(path, eod or declared, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path, eod: str | None, written: int) -> Tokenizer:
+    """Large ones take a second, and training, validation and the check of the run file each ask for
+    theirs."""
+    return _load_sentencepiece(path, eod) if path.suffix == ".model" else _load_json(path, eod)
 
 
 def _find(path: Path) -> Path:
@@ -167,9 +174,7 @@ def _load_json(path: Path, eod: str | None) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"tokenizer {path}: not a tokenizer.json ({error})") from error
-    chosen = (
-        eod or _declared_eod(path) or next((t for t in COMMON_EOD if inner.token_to_id(t) is not None), None)
-    )
+    chosen = eod or next((t for t in COMMON_EOD if inner.token_to_id(t) is not None), None)
     if chosen is None:
         special = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
         raise ValueError(
