@@ -74,12 +74,15 @@ def block_spec(
 
 
 def _engine_layer(config: TransformerConfig) -> ModuleSpec:
-    """Transformer Engine's layer, with Ratoon's attention: it knows the documents of a packed sequence."""
+    """Transformer Engine's layer, with its attention told the documents of a packed sequence."""
+    from parallel.attention.packed import packed_attention
+
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
+    spec.submodules.self_attention.submodules.core_attention = packed_attention()
     return spec
 
 

@@ -1,0 +1,34 @@
+"""The rearrangement for Transformer Engine's packed attention, with a plain attention in its place."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from parallel.attention.packed import attend_packed, pack
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]], dtype=torch.int32)
+
+
+def test_pack_counts_tokens_over_all_rows() -> None:
+    packing = pack(DOCUMENTS)
+    assert packing.cu_seqlens_q.tolist() == [0, 3, 5, 6, 7, 12]
+    assert packing.max_seqlen_q == 5
+    assert packing.cu_seqlens_q.dtype == torch.int32
+
+
+def test_documents_attend_to_themselves_only() -> None:
+    query, key, value = torch.randn(3, 6, 2, 4, 8, dtype=torch.float64).unbind(0)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, packing: PackedSeqParams) -> Tensor:
+        bounds = packing.cu_seqlens_q.tolist()
+        runs = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [[x[run].transpose(0, 1) for x in (q, k, v)] for run in runs]
+        out = [F.scaled_dot_product_attention(*part, is_causal=True) for part in parts]
+        return torch.cat([part.transpose(0, 1) for part in out]).flatten(1)
+
+    got = attend_packed(attend, query, key, value, DOCUMENTS)
+    mask = (DOCUMENTS[:, :, None] == DOCUMENTS[:, None, :]).tril()[:, None]
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).permute(2, 0, 1, 3).flatten(2)
+    torch.testing.assert_close(got, want)  # float64: only the order of sums differs
