@@ -78,12 +78,13 @@ def prepare(
     The bytes are the same for any number of workers. Files appear when they are whole.
     """
     from launch.environment import count_cores
+    from trainer.data.config import without_extension
     from trainer.data.prepare import PrepareOptions
 
     _prepare(
         PrepareOptions(
             inputs=tuple(inputs),
-            output=output,
+            output=without_extension(output),
             tokenizer=tokenizer,
             eod=eod,
             text_key=text_key,

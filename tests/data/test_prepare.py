@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -179,8 +180,21 @@ def test_somebody_elses_json_is_never_replaced(tmp_path: Path, lines: str) -> No
 
 
 def test_all_problems_with_the_options_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"validation share is 2.*workers is 0.*a.txt does not exist"):
-        run(tmp_path, tmp_path / "a.txt", validation_share=2.0, workers=0)
+    with pytest.raises(
+        ValueError, match=r"validation share is 2.*workers is 0.*is a folder.*a.txt does not exist"
+    ):
+        prepare(PrepareOptions((str(tmp_path / "a.txt"),), f"{tmp_path}/", validation_share=2.0, workers=0))
+
+
+def test_a_worker_that_dies_ends_the_run(tmp_path: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 64)
+
+    def kill_a_worker(report: PrepareReport) -> None:
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    with pytest.raises(ValueError, match="a worker was ended from outside"):
+        prepare(PrepareOptions((lines,), str(tmp_path / "out"), workers=2), kill_a_worker)
+    assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_inputs_without_documents_are_an_error(tmp_path: Path) -> None:

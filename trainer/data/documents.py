@@ -1,5 +1,4 @@
-"""Documents out of files: .txt and source code (one document a file), JSON lines, each also as .gz or
-.zst."""
+"""Documents out of files: text and source code (one a file), JSON lines (one a line), also as .gz or .zst."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from typing import IO, Any, cast
 
 CODE_SUFFIXES = (
     ".bash .bat .c .cc .clj .cmake .cpp .cs .css .cu .cuh .cxx .dart .erl .ex .exs .f90 .fs .go .gradle "
-    ".groovy .h .hpp .hs .html .hxx .java .jl .js .json .jsx .kt .kts .lisp .lua .m .mjs .ml .mm .pas .php "
+    ".groovy .h .hpp .hs .html .hxx .java .jl .js .jsx .kt .kts .lisp .lua .m .mjs .ml .mm .pas .php "
     ".pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rs .rst .scala .scm .sh .sql .svelte .swift .tcl .tex .toml "
     ".ts .tsx .vim .vue .xml .yaml .yml .zig"
 ).split()
@@ -60,9 +59,10 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Work for one process: some lines of one file, or some whole files. Where chunks end depends on the
-    files
-    alone, never on who reads them."""
+    """Work for one process: some lines of one file, or some whole files.
+
+    Where chunks end depends on the files alone, never on who reads them.
+    """
 
     paths: tuple[str, ...]
     consumed: int
@@ -144,8 +144,7 @@ def _whole(group: Sequence[InputFile]) -> Chunk:
 
 
 def _line_chunks(file: InputFile) -> Iterator[Chunk]:
-    """Runs of whole lines of about CHUNK_BYTES; a file that breaks off yields what came before, and the
-    problem."""
+    """Runs of whole lines; a file that breaks off yields what came before, and the problem."""
     line, consumed, rest = 1, 0, b""
     try:
         with open(file.path, "rb") as raw, _decompressed(raw, file.path) as stream:

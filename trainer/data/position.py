@@ -1,5 +1,4 @@
-"""The data position of a run: how far each source has been read, and since when the present mixture has
-applied."""
+"""The data position of a run: how far each source has been read, and when the present mixture began."""
 
 from __future__ import annotations
 
@@ -43,8 +42,10 @@ class Position:
         return Position(seed, sequence_length, global_batch, weights, sizes, dict.fromkeys(weights, 0))
 
     def state(self, step: int, counts: Sequence[int]) -> dict[str, Any]:
-        """The JSON of a checkpoint before `step`; `counts` are the sequences of each source since the
-        beginning."""
+        """What a checkpoint before `step` keeps, as JSON.
+
+        `counts` are the sequences of each source of the mixture since it began.
+        """
         read = dict(self.starts)
         for name, count in zip(self.weights, counts, strict=True):
             read[name] += count * self.sequence_length
@@ -94,11 +95,9 @@ class Position:
                 state["seed"],
             )
             return replace(self, first_step=state["step"])
-        key = "tokens_at_mixture_step" if self.same_mixture(state) else "tokens"
-        first_step = state["mixture_step"] if self.same_mixture(state) else state["step"]
-        starts = {name: one[key] for name, one in saved.items()} | dict.fromkeys(
-            self.starts.keys() - saved, 0
-        )
+        same = self.same_mixture(state)
+        key = "tokens_at_mixture_step" if same else "tokens"
+        starts = self.starts | {name: one[key] for name, one in saved.items()}
         sizes = {name: one["epoch_tokens"] for name, one in saved.items()} | self.sizes
         for name in self.weights.keys() & saved.keys():
             if self.sizes[name] != saved[name]["epoch_tokens"]:
@@ -110,4 +109,4 @@ class Position:
                     saved[name]["epoch_tokens"],
                 )
                 starts[name] = 0
-        return replace(self, starts=starts, sizes=sizes, first_step=first_step)
+        return replace(self, starts=starts, sizes=sizes, first_step=state["mixture_step" if same else "step"])

@@ -1,5 +1,4 @@
-"""Text files to Megatron's .bin/.idx, by as many processes as there are, with the same bytes for any
-number."""
+"""Text files to Megatron's .bin/.idx in parallel processes: the same bytes for any number of them."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +72,7 @@ class PrepareReport:
 
     @property
     def tokens_per_second(self) -> float:
+        """Over the whole time so far, the start of the workers included."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -168,6 +169,8 @@ def _check(options: PrepareOptions) -> Inputs:
         problems.append(f"validation share is {options.validation_share}; expected at least 0 and below 1")
     if options.workers < 1:
         problems.append(f"workers is {options.workers}; expected at least 1")
+    if not os.path.basename(options.output):
+        problems.append(f"output {options.output} is a folder; add the name that the files begin with")
     inputs = Inputs([])
     try:
         inputs = find_inputs(options.inputs, options.suffixes)
@@ -217,6 +220,10 @@ def _encode_all(
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker was ended from outside, perhaps for want of memory; nothing was written, try fewer"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

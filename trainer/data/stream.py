@@ -8,6 +8,7 @@ and packing cuts them out (`pack`). n is the position since the mixture began: s
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class StepPlan:
         return sum(int(spans.lengths.sum()) - len(spans) for spans in self.spans.values())
 
 
-class Batches:
+class Batches(ABC):
     """Deals planned steps out to data ranks and micro-batches; what training and validation share."""
 
     def __init__(
@@ -73,8 +74,8 @@ class Batches:
                 self._plans[step] = self._plan(step)
             return self._plans[step]
 
-    def _plan(self, step: int) -> StepPlan:
-        raise NotImplementedError
+    @abstractmethod
+    def _plan(self, step: int) -> StepPlan: ...
 
     def valid_tokens(self, step: int) -> int:
         """Sum of the loss weights over the whole step: all data ranks, all micro-batches. Reads no token."""
@@ -211,8 +212,7 @@ class TokenStream(Batches):
 
 
 class ValidationStream(Batches):
-    """One held-out set in file order, once: every token is a label exactly once, except first ones of
-    documents.
+    """One held-out set in file order, once: every token but the first of a document is a label exactly once.
 
     It is cut into steps of `global_batch` sequences like training, so that every data rank and every pipeline
     sees the number of micro-batches it is used to. What is missing in the last step is padding without loss
