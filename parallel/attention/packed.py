@@ -1,9 +1,9 @@
 """Transformer Engine's attention, told the documents of a packed batch.
 
 Transformer Engine knows documents only as one long row of tokens with the places where they begin ("thd").
-This module takes the documents as PortableAttention does, rearranges for Transformer Engine and back, and leaves
-to the portable module what "thd" cannot do: documents under context parallelism, where Transformer Engine wants
-every single document padded to a multiple of 2 CP.
+This module takes the documents as PortableAttention does, rearranges for Transformer Engine and back, and
+leaves to the portable module what "thd" cannot do: documents under context parallelism, where Transformer
+Engine wants every single document padded to a multiple of 2 CP.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """The rearrangement for Transformer Engine's packed attention, with a plain attention in its place."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,7 +24,7 @@ def test_documents_attend_to_themselves_only() -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, packing: PackedSeqParams) -> Tensor:
         bounds = packing.cu_seqlens_q.tolist()
-        runs = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        runs = [slice(a, b) for a, b in itertools.pairwise(bounds)]
         parts = [[x[run].transpose(0, 1) for x in (q, k, v)] for run in runs]
         out = [F.scaled_dot_product_attention(*part, is_causal=True) for part in parts]
         return torch.cat([part.transpose(0, 1) for part in out]).flatten(1)
