@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from parallel.attention import PortableAttention
 from parallel.norms import LayerNorm, RMSNorm
+from parallel.router import Router
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def block_spec(
     else:
         provider = PortableSpecProvider(config.normalization)
         layer, norm = _portable_layer(config, provider), provider.layer_norm()
+    if config.num_moe_experts:
+        layer.submodules.mlp.submodules.router = Router
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
