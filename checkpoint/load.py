@@ -16,7 +16,7 @@ import xxhash
 
 from checkpoint import peers
 from checkpoint.boxes import Box, cover_fault
-from checkpoint.folder import read_manifest, reading
+from checkpoint.folder import read_manifest, read_marker, reading
 from checkpoint.manifest import LogicalTensor, Manifest, Piece, RankBlob
 from checkpoint.plan import Copy, plan
 from checkpoint.read import hash_pieces, read_copies
@@ -40,8 +40,8 @@ class LoadedState:
         state: as it was saved, see `Manifest`.
         same_layout: whether the checkpoint was saved on the layout that reads it.
         rank_state: this rank's bytes; empty unless `same_layout`.
-        derived: states of this rank that were filled from another one, e.g. {"master": "weight"}.
-        fresh: states of this rank that were left as they were, because only weights were asked for.
+        derived: states that were filled from another one on any rank, e.g. {"master": "weight"}.
+        fresh: states that were left as they were on any rank, because only weights were asked for.
         bytes_needed: of pieces, by this rank.
         bytes_read: from files, with what lies between short runs.
     """
@@ -62,7 +62,7 @@ def load(
     path: Path | str,
     slices: Sequence[TensorSlice],
     *,
-    rank: int = 0,
+    rank: int | None = None,
     layout: Mapping[str, Any] | None = None,
     weights_only: bool = False,
     verify: Literal["read", "full"] = "read",
@@ -74,6 +74,7 @@ def load(
     Args:
         path: a step folder, a folder of checkpoints (its newest complete one) or a run's folder.
         slices: all that this rank holds.
+        rank: by default torch.distributed's.
         layout: compared with the saved `state["layout"]` to decide whether ranks get their own bytes back.
         weights_only: load weights and masters and leave the other states as they are.
         verify: "read" hashes the pieces that are read whole; "full" hashes all of the checkpoint first,
@@ -84,6 +85,7 @@ def load(
             model has been touched.
     """
     begin = time.monotonic()
+    rank = peers.own_rank() if rank is None else rank
     folder, manifest = _open(path)
     with reading(folder):
         selection = select(manifest, slices, weights_only=weights_only)
@@ -93,12 +95,13 @@ def load(
         blobs = [blob for blob in manifest.rank_blobs if blob.rank == rank and _is_same(manifest, layout)]
         rank_state = {blob.name: _read_blob(folder, blob, problems) for blob in blobs}
         if verify == "full":
-            share = _pieces(manifest)[rank :: peers.world_size()]
+            share = _pieces(manifest)[peers.own_rank() :: peers.world_size()]
             problems += hash_pieces(folder, share).problems
         _refuse(f"{folder} is damaged", problems, _UNTOUCHED)
         report = read_copies(folder, copies, [piece.data.detach() for piece in slices])
     exact = [slices[n] for n, tensor in selection.source.items() if tensor.state == slices[n].state]
     _refuse(f"{folder} is damaged", report.problems + rounding_faults(exact), _TOUCHED)
+    derived, fresh = _summary(selection, slices)
     seconds = time.monotonic() - begin
     _log.info("loaded %s: read %.1f MB in %.2f s", folder, report.read / 1e6, seconds)
     return LoadedState(
@@ -107,8 +110,8 @@ def load(
         state=manifest.state,
         same_layout=_is_same(manifest, layout),
         rank_state=rank_state,
-        derived=selection.derived(slices),
-        fresh=tuple(sorted({slices[number].state for number in selection.fresh})),
+        derived=derived,
+        fresh=fresh,
         bytes_needed=report.needed,
         bytes_read=report.read,
         seconds=seconds,
@@ -125,7 +128,23 @@ def _open(path: Path | str) -> tuple[Path, Manifest]:
         problems.append(str(error))
     _refuse(f"cannot load {path}", problems, _UNTOUCHED)
     assert found is not None
+    marker = read_marker(found[0])
+    chosen = dict(peers.gather((marker and marker.manifest_hash, str(found[0]))))
+    if len(chosen) > 1:
+        listed = ", ".join(sorted(chosen.values()))
+        raise ValueError(f"ranks would load different checkpoints: {listed}. {_UNTOUCHED}")
     return found
+
+
+def _summary(selection: Selection, slices: Sequence[TensorSlice]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What was derived and what is fresh, the same on every rank, also on one that holds no moments."""
+    derived: dict[str, str] = {}
+    fresh: set[str] = set()
+    here = (selection.derived(slices), {slices[number].state for number in selection.fresh})
+    for theirs, left in peers.gather(here):
+        derived |= theirs
+        fresh |= left
+    return derived, tuple(sorted(fresh))
 
 
 def _refuse(title: str, problems: Sequence[str], consequence: str) -> None:

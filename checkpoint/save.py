@@ -152,6 +152,8 @@ class Saver:
     def wait(self) -> Saved | None:
         """Wait for the save under way, then as `poll`."""
         if self._thread is not None:
+            if self._thread.is_alive():
+                _log.info("waiting for %s to be written", self._thread.name)
             self._thread.join()
         return self.poll()
 

@@ -260,3 +260,28 @@ def test_a_failed_load_leaves_the_saver_usable(saved: tuple[Path, Manifest]) -> 
     refused(saved[0], [piece for piece in model() if piece.name == NORM])
     Saver(folder, background=False).save(200, slices_of(make_tensors(0), Grid(), 0), {})
     load(folder, model())
+
+
+def load_by_different_paths(folder: str) -> str:
+    path = Path(folder) / ("step-00000100" if dist.get_rank() == 0 else "step-00000200")
+    return refused(path, empty_slices(make_tensors(0), Grid(1, 1, 2), dist.get_rank()))
+
+
+def test_ranks_must_mean_the_same_checkpoint(tmp_path: Path) -> None:
+    for step in (100, 200):
+        save_all_ranks(tmp_path, make_tensors(0), Grid(), step)
+    first, second = run_ranks(load_by_different_paths, 2, str(tmp_path))
+    assert first == second
+    assert "different checkpoints" in first
+
+
+def load_weights_where_one_rank_holds_no_moments(folder: str) -> tuple[str, ...]:
+    slices = empty_slices(make_tensors(0), Grid(1, 1, 2, zero=False), dist.get_rank())
+    if dist.get_rank() == 1:
+        slices = [piece for piece in slices if piece.state in ("weight", "master")]
+    return load(folder, slices, weights_only=True).fresh
+
+
+def test_all_ranks_agree_on_what_is_fresh(saved: tuple[Path, Manifest]) -> None:
+    fresh = run_ranks(load_weights_where_one_rank_holds_no_moments, 2, str(saved[0]))
+    assert fresh == [("exp_avg", "exp_avg_sq")] * 2
