@@ -67,6 +67,29 @@ app.add_typer(checkpoint_cli.app, name="checkpoint")
 
 
 @app.command()
+def demo(
+    folder: Annotated[
+        Path,
+        typer.Option("--dir", metavar="DIR", help="For everything it makes; if full, a new folder inside."),
+    ] = Path("runs/demo"),
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="1, 2, 4 or 8 processes; by default 4, or the GPUs.", show_default=False
+        ),
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A few steps only: does it run at all?")] = False,
+) -> None:
+    """Watch a small model learn, stop, and go on with other data on another layout.
+
+    Takes a few minutes. Needs no GPU and downloads nothing.
+    """
+    from launch.demo.command import demo as run_demo
+
+    run_demo(folder, ranks=ranks, fast=fast)
+
+
+@app.command()
 def train(run_file: RunFileArgument, overrides: SetOption = None, ranks: RanksOption = None) -> None:
     """Train as a run file says, and resume where its last checkpoint left off.
 

@@ -28,6 +28,11 @@ class Evaluator:
         every = self._session.config.eval.every
         return bool(self._streams) and (last or (every > 0 and self._session.step % every == 0))
 
+    def due_at_start(self) -> bool:
+        """Whether to evaluate before the first step. A run that goes on from itself has done so already."""
+        session = self._session
+        return bool(self._streams) and session.config.eval.at_start and not session.resumed
+
     def run(self) -> EvaluationRecord:
         """Mean loss in nats of every validation set, over at most `eval.batches` global batches."""
         began = time.monotonic()

@@ -1,0 +1,118 @@
+"""How large the demo is, on how many ranks it runs, in which layouts, and where its files lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel.layout import Layout
+
+VOCABULARY = 1024
+RANKS = (1, 2, 4, 8)
+"""Numbers of ranks that the demo has layouts for."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work it is.
+
+    Attributes:
+        first_steps: of the stage on prose.
+        second_steps: of the stage on prose and code, on top of them.
+        warmup_steps: of each stage's schedule.
+        eval_batches: global batches that are read of each held-out set.
+    """
+
+    first_steps: int
+    second_steps: int
+    warmup_steps: int
+    eval_batches: int
+
+
+FULL = Size(first_steps=300, second_steps=200, warmup_steps=20, eval_batches=14)
+FAST = Size(first_steps=6, second_steps=4, warmup_steps=1, eval_batches=1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One demo from beginning to end.
+
+    Attributes:
+        folder: absolute; everything goes there.
+        layouts: of the first and the second stage.
+        gpu: every rank has a GPU.
+        record_every: steps between two records of a run.
+    """
+
+    folder: Path
+    ranks: int
+    layouts: tuple[Layout, Layout]
+    gpu: bool
+    size: Size
+    record_every: int
+
+    @property
+    def data(self) -> Path:
+        """Folder of the text and what is prepared from it."""
+        return self.folder / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer.json that is trained on that text."""
+        return self.data / "tokenizer.json"
+
+    @property
+    def run_files(self) -> tuple[Path, Path]:
+        """The run file of each stage."""
+        return self.folder / "1-prose.toml", self.folder / "2-code.toml"
+
+    @property
+    def run_folders(self) -> tuple[Path, Path]:
+        """What each stage leaves: metrics, TensorBoard, logs, checkpoints."""
+        return self.folder / "prose", self.folder / "code"
+
+    @property
+    def last_steps(self) -> tuple[int, int]:
+        """The step at which each stage ends, counted from the beginning of the first."""
+        return self.size.first_steps, self.size.first_steps + self.size.second_steps
+
+    @property
+    def precision(self) -> str:
+        """bf16 on GPUs, fp32 on the CPU."""
+        return "bf16" if self.gpu else "fp32"
+
+
+def choose_ranks(ranks: int | None, gpus: int) -> int:
+    """What was asked for, else one rank a GPU, at most 4, else 4 on the CPU.
+
+    Raises:
+        ValueError: the demo has no layouts for so many.
+    """
+    if ranks is None:
+        return max(count for count in RANKS if count <= min(gpus or 4, 4))
+    if ranks not in RANKS:
+        raise ValueError(f"--ranks {ranks}: the demo has layouts for {', '.join(map(str, RANKS))} ranks")
+    return ranks
+
+
+def choose_layouts(ranks: int) -> tuple[Layout, Layout]:
+    """Two layouts that differ where there is more than one rank; data parallelism takes what is left over."""
+    two, four = (2 if ranks >= least else 1 for least in (2, 4))
+    return Layout(tensor=two, pipeline=four), Layout(tensor=1, pipeline=two)
+
+
+def choose_folder(wanted: Path) -> Path:
+    """`wanted` where it is new or empty, else the first of 2, 3, ... that is free inside it.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    wanted = wanted.absolute()
+    if wanted.is_file():
+        raise ValueError(f"--dir {wanted} is a file: name a folder")
+    if not wanted.exists() or not any(wanted.iterdir()):
+        return wanted
+    number = 2
+    while (wanted / str(number)).exists():
+        number += 1
+    return wanted / str(number)
