@@ -97,7 +97,7 @@ def starting_checkpoint(config: RunConfig) -> Path | None:
     from checkpoint.folder import find_latest
     from checkpoint.folder import resolve as resolve_folder
 
-    own = find_latest(config.run.folder / "checkpoints") if config.checkpoint.resume else None
+    own = find_latest(config.run.checkpoints) if config.checkpoint.resume else None
     if own is not None or config.checkpoint.load is None:
         return own
     return resolve_folder(config.checkpoint.load)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from checkpoint.save import Saved
 from trainer.config import RunConfig
 from trainer.data.batch import MicroBatch
 from trainer.data.prefetch import Prefetcher
@@ -24,6 +25,8 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
     progress, evaluator = Progress(session), Evaluator(session)
     sink.start(_info(session, [*notes, *progress.notes]))
     try:
+        if evaluator.due_at_start():
+            sink.evaluation(evaluator.run())
         with Prefetcher(session.batches, stop=config.train.steps) as prefetcher:
             while session.step < config.train.steps:
                 _step(session, prefetcher, progress, sink)
@@ -31,8 +34,9 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
                 if evaluator.due(last=last):
                     sink.evaluation(evaluator.run())
                 if last or session.step % config.checkpoint.every == 0:
+                    _report_save(sink, session.saver.wait())
                     session.save()
-        _report_save(session, sink, wait=True)
+        _report_save(sink, session.saver.close())
     finally:
         sink.close()
 
@@ -55,12 +59,11 @@ def _step(
     record = progress.record(report, batches, time.monotonic() - began)
     if session.step % config.metrics.every == 0 or session.step == config.train.steps:
         sink.step(record)
-    _report_save(session, sink)
+    _report_save(sink, session.saver.poll())
 
 
-def _report_save(session: Session, sink: MetricSink, *, wait: bool = False) -> None:
-    """Raise what went wrong in a background save, or say that it is done."""
-    saved = session.saver.close() if wait else session.saver.poll()
+def _report_save(sink: MetricSink, saved: Saved | None) -> None:
+    """Say what a save took that has come to its end; one that failed has raised."""
     if saved is not None:
         sink.event(saved_sentence(saved), step=saved.step)
 

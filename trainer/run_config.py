@@ -23,6 +23,11 @@ class RunSettings(Settings):
         """Where config, metrics, logs and checkpoints of the run lie."""
         return self.dir if self.dir is not None else Path("runs") / self.name
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's own checkpoints lie."""
+        return self.folder / "checkpoints"
+
 
 class TrainConfig(Settings):
     """`[train]`: how long, how many sequences at once, and in which numbers."""
@@ -44,6 +49,8 @@ class EvalConfig(Settings):
 
     every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates only at the end. Without validation sets nothing runs."""
+    at_start: bool = False
+    """Also before the first step of a run: what it starts from, new weights or a checkpoint's."""
     batches: int | None = Field(default=None, gt=0)
     """Global batches of each validation set; all of it when not given."""
 

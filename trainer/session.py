@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from checkpoint.folder import find_latest
 from checkpoint.load import LoadedState, load
 from checkpoint.save import Saved, Saver
 from parallel.engine import Engine
@@ -19,7 +18,7 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.random_state import get_random_state, set_random_state
 from trainer.build import build_engine, execution_here
-from trainer.config import RunConfig, architecture, schedule
+from trainer.config import RunConfig, architecture, schedule, starting_checkpoint
 from trainer.data.batch import MicroBatch
 from trainer.data.stream import TokenStream
 from trainer.model.architecture import Architecture
@@ -38,6 +37,7 @@ class Session:
         step: optimizer steps done, those before a resume included.
         anchor: where the schedule began; with the step it decides every learning rate.
         lr: learning rate of the last update.
+        resumed: whether it goes on from a checkpoint of its own, rather than begins.
         lineage: the checkpoints that this run has started from, oldest first.
     """
 
@@ -52,6 +52,7 @@ class Session:
     saver: Saver
     step: int
     lr: float
+    resumed: bool
     lineage: list[dict[str, Any]]
 
     def batches(self, step: int) -> list[MicroBatch]:
@@ -99,39 +100,17 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
     Raises:
         ValueError: this machine cannot do what the run file asks, or the checkpoint does not fit.
     """
-    refusal = fp8_refusal(config.precision.fp8, config.train.precision, accelerator_here())
-    if refusal:
-        raise ValueError(refusal)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.run.seed)
-    model = architecture(config)
-    execution = execution_here(
-        precision=config.train.precision,
-        fp8=config.precision.fp8,
-        recompute=config.train.recompute,
-        deterministic=config.run.deterministic,
-    )
+    model, execution = architecture(config), _execution(config)
     mesh = build_mesh(config.parallel, seed=config.run.seed)
-    engine = build_engine(
-        mesh,
-        model,
-        config.optimizer,
-        execution,
-        sequence_length=config.data.sequence_length,
-        seed=config.run.seed,
-    )
-    plan = schedule(config)
-    saver = Saver(
-        checkpoints(config),
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        keep_last=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        background=config.checkpoint.background,
-    )
-    path, same_run = starting_point(config)
+    length, seed = config.data.sequence_length, config.run.seed
+    engine = build_engine(mesh, model, config.optimizer, execution, sequence_length=length, seed=seed)
+    path = starting_checkpoint(config)
+    same_run = path is not None and config.checkpoint.resume and path.parent == config.run.checkpoints
     loaded = _load(config, engine, path, weights_only=config.checkpoint.weights_only and not same_run)
+    plan = schedule(config)
     session = Session(
         config=config,
         mesh=mesh,
@@ -141,9 +120,10 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
         stream=_open_stream(config, loaded),
         schedule=plan,
         anchor=plan.begin(),
-        saver=saver,
+        saver=_open_saver(config, mesh),
         step=0,
         lr=0.0,
+        resumed=same_run,
         lineage=[],
     )
     notes = [f"{engine.backend.kind} modules: {engine.backend.reason}; {_optimizer_name(engine)}"]
@@ -152,17 +132,27 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
     return session, notes
 
 
-def checkpoints(config: RunConfig) -> Path:
-    """Where the run's own checkpoints lie."""
-    return config.run.folder / "checkpoints"
+def _execution(config: RunConfig) -> Execution:
+    refusal = fp8_refusal(config.precision.fp8, config.train.precision, accelerator_here())
+    if refusal:
+        raise ValueError(refusal)
+    return execution_here(
+        precision=config.train.precision,
+        fp8=config.precision.fp8,
+        recompute=config.train.recompute,
+        deterministic=config.run.deterministic,
+    )
 
 
-def starting_point(config: RunConfig) -> tuple[Path | None, bool]:
-    """The checkpoint to start from, if any, and whether it is this run's own."""
-    own = find_latest(checkpoints(config)) if config.checkpoint.resume else None
-    if own is not None:
-        return own, True
-    return config.checkpoint.load, False
+def _open_saver(config: RunConfig, mesh: Mesh) -> Saver:
+    return Saver(
+        config.run.checkpoints,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        keep_last=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        background=config.checkpoint.background,
+    )
 
 
 def _load(config: RunConfig, engine: Engine, path: Path | None, *, weights_only: bool) -> LoadedState | None:
