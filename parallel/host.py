@@ -294,7 +294,7 @@ _ABSENT = object()
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    _undo.append((owner, name, getattr(owner, name, _ABSENT)))
+    _undo.append((owner, name, vars(owner).get(name, _ABSENT)))  # what it inherits is not its own
     setattr(owner, name, value)
 
 
