@@ -11,7 +11,6 @@ Background threads must not enter collectives (the training step is inside other
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import time
@@ -19,15 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from checkpoint import folder as on_disk
 from checkpoint.manifest import MANIFEST
 
 FAILED = "FAILED"
-
-_log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class SaveError(RuntimeError):
@@ -123,7 +118,10 @@ class Attempt:
         return [path.read_bytes() for path in indices.values()]
 
     def commit(self, manifest: bytes) -> None:
-        """Rank 0: turn the partial folder into the complete checkpoint of its step."""
+        """Rank 0: turn the partial folder into the complete checkpoint of its step.
+
+        One of the same step is replaced; under another name it counts until the marker is written.
+        """
         for entry in os.scandir(self.partial):
             if entry.name.endswith(".json"):
                 os.unlink(entry.path)

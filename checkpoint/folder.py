@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,11 +152,13 @@ def read_manifest(path: Path | str) -> tuple[Path, Manifest]:
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Keep retention, in this process or another, from removing the checkpoint meanwhile."""
-    with open(path / COMPLETE, "rb") as marker:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(marker, fcntl.LOCK_SH)
+    with ExitStack() as stack:
+        with suppress(FileNotFoundError):
+            marker = stack.enter_context(open(path / COMPLETE, "rb"))
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(marker, fcntl.LOCK_SH)
         if not (path / COMPLETE).exists():
-            raise ValueError(f"{path} was removed by its run's retention a moment ago")
+            raise ValueError(f"{path} has just been removed by the retention of its run: load a newer one")
         yield
 
 

@@ -162,9 +162,8 @@ def _unexpected(manifest: Manifest, slices: Sequence[TensorSlice]) -> list[str]:
     """Parameters of the checkpoint that no rank's model has. A collective: stages know only their own."""
     names = sorted({tensor.name for tensor in manifest.tensors})
     here = {piece.name for piece in slices}
-    bits = sum(
-        1 << number for number, name in enumerate(names) if name in here
-    )  # a bit a name, not the names
+    # a bit a name instead of the names: thousands of ranks gather this
+    bits = sum(1 << number for number, name in enumerate(names) if name in here)
     wanted = reduce(or_, peers.gather(bits))
     shapes = {tensor.name: list(tensor.shape) for tensor in manifest.tensors}
     return [

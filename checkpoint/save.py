@@ -22,6 +22,8 @@ from checkpoint.manifest import Manifest, merge
 from checkpoint.write import HostCopy, share_out, write_rank_file
 from parallel.slices import TensorSlice
 
+__all__ = ["SaveError", "Saved", "Saver", "library_versions"]
+
 _LIBRARIES = ("ratoon", "torch", "megatron-core", "transformer-engine", "numpy")
 
 _log = logging.getLogger(__name__)
