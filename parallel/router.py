@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 
 class Router(TopKRouter):
-    """TopKRouter, but for the number of tokens that its load-balancing loss is multiplied by.
+    """TopKRouter, but for the number of tokens by which its load-balancing loss is multiplied.
 
     The step divides every loss by the tokens of the global batch, so megatron-core multiplies the balancing
     loss, a mean, by the tokens it was taken over. It counts this rank's only, though each rank of
@@ -38,3 +38,8 @@ class Router(TopKRouter):
             reduce_group_has_dp,
             valid_token_count=activation.shape[0] * reduce_group.size(),
         )
+
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: Any = None) -> None:
+        """Only where there is a bias: megatron-core compiles this, which takes the first step a second."""
+        if self.enable_expert_bias:
+            super()._apply_expert_bias(routing_map, padding_mask=padding_mask)

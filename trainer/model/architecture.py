@@ -33,7 +33,8 @@ class Architecture(Settings):
         experts_per_token: experts that each token is sent to (top-k).
         norm_topk_prob: whether the chosen experts' weights sum to one (Mixtral, Qwen3-MoE) or stay the
             softmax over all experts.
-        router_aux_loss_coefficient: of the load-balancing loss; 0 turns it off.
+        router_aux_loss_coefficient: of the load-balancing loss; 0 turns it off. As in megatron-core, it sums
+            over all tokens and is divided by those with a label: the more are masked, the more it weighs.
         router_aux_loss_type: "seq_aux_loss" balances each sequence by itself and so depends on no layout;
             "aux_loss" balances a micro-batch, "global_aux_loss" the global batch.
         init_std: standard deviation of the initial weights.
