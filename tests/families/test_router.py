@@ -75,12 +75,19 @@ def _balance(logits: torch.Tensor, chosen: int) -> torch.Tensor:
     return logits.shape[1] * (choices.mean(0) / chosen * probabilities.mean(0)).sum()
 
 
-def train(layout: Layout, size: int, coefficient: float) -> list[tuple[float, float]]:
+def train(
+    layout: Layout, size: int, coefficient: float, kind: str = "seq_aux_loss"
+) -> list[tuple[float, float]]:
     """Loss and gradient norm of some steps."""
     torch.set_num_threads(1)
     mesh = build_mesh(layout)
     given = ModelConfig(
-        preset="tiny-moe", num_layers=2, hidden_size=32, init_std=0.1, router_aux_loss_coefficient=coefficient
+        preset="tiny-moe",
+        num_layers=2,
+        hidden_size=32,
+        init_std=0.1,
+        router_aux_loss_coefficient=coefficient,
+        router_aux_loss_type=kind,
     )
     optimizer = OptimizerConfig(lr=3e-3)
     execution = execution_here(precision="fp32")
@@ -103,10 +110,16 @@ def one_rank(coefficient: float) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("layout", CURVE_LAYOUTS)
 def test_training_with_a_balancing_loss_does_not_depend_on_the_layout(layout):
     ranks, size, degrees = CURVE_LAYOUTS[layout]
-    for ours, expected in zip(
-        run_ranks(train, ranks, degrees, size, COEFFICIENT)[0], one_rank(COEFFICIENT), strict=True
-    ):
+    curve = run_ranks(train, ranks, degrees, size, COEFFICIENT)[0]
+    for ours, expected in zip(curve, one_rank(COEFFICIENT), strict=True):
         assert ours == pytest.approx(expected, rel=1e-5)  # float32 sums in another order, over six updates
+
+
+@pytest.mark.parametrize("layout", [Layout(context=2), Layout(tensor=2, sequence_parallel=True)])
+def test_balancing_micro_batches_of_one_sequence_is_balancing_sequences(layout):
+    curve = run_ranks(train, 2, layout, 1, COEFFICIENT, "aux_loss")[0]
+    for ours, expected in zip(curve, one_rank(COEFFICIENT), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_balancing_loss_shows_in_the_curve():
