@@ -19,7 +19,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from parallel.initialise import Draw, initialise
+from parallel.initialise import Draw, blank, initialise
 from parallel.mesh import Mesh
 from parallel.naming import NamedParameter, name_parameters
 from parallel.optimizer_state import get_step, prepare_state, set_step, state_slices
@@ -80,6 +80,10 @@ class Engine:
     def weights_changed(self) -> None:
         """Copy the weights into the optimizer's masters, after weights were written from outside."""
         self.optimizer.reload_model_params()
+
+    def blank(self) -> None:
+        """Zero the weights, which a checkpoint is about to fill."""
+        blank(self.named)
 
     def slices(self) -> list[TensorSlice]:
         """Every box of every logical tensor and optimizer state that this rank holds."""

@@ -42,11 +42,18 @@ def normal_draw(std: float, num_layers: int) -> Draw:
 
 
 @torch.no_grad()
-def initialise(named: Iterable[NamedParameter], seed: int, draw: Draw) -> None:
-    """Fill every parameter in place; rows that are padding become zero."""
-    wanted: dict[str, list[tuple[torch.Tensor, Block]]] = {}
+def blank(named: Iterable[NamedParameter]) -> None:
+    """Set every parameter to zero: what a checkpoint will fill, and the padding that it will not."""
     for entry in named:
         entry.parameter.data.zero_()
+
+
+@torch.no_grad()
+def initialise(named: Iterable[NamedParameter], seed: int, draw: Draw) -> None:
+    """Fill every parameter in place; rows that are padding become zero."""
+    blank(named := list(named))
+    wanted: dict[str, list[tuple[torch.Tensor, Block]]] = {}
+    for entry in named:
         for block in entry.blocks:
             wanted.setdefault(block.name, []).append((entry.parameter.data, block))
     for name, places in wanted.items():  # one logical tensor in memory at a time

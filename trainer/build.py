@@ -42,9 +42,13 @@ def build_engine(
     execution: Execution,
     *,
     sequence_length: int,
-    seed: int,
+    seed: int | None,
 ) -> Engine:
-    """The model on this rank's part of the mesh, initialised from the seed: the same in every layout."""
+    """The model on this rank's part of the mesh, initialised from the seed: the same in every layout.
+
+    Args:
+        seed: None leaves the weights zero, for a checkpoint to fill.
+    """
     engine = Engine(
         mesh,
         transformer_config(model, mesh.layout, execution),
@@ -54,5 +58,8 @@ def build_engine(
         decays=lambda name: weight_decay(optimizer, name) > 0,
         portable=not execution.transformer_engine,
     )
-    engine.initialise(seed, normal_draw(model.init_std, model.num_layers))
+    if seed is None:
+        engine.blank()
+    else:
+        engine.initialise(seed, normal_draw(model.init_std, model.num_layers))
     return engine

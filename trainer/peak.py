@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from dataclasses import dataclass
 
@@ -47,9 +48,7 @@ def listed_peak(device_name: str, arithmetic: str) -> Peak | None:
 
 @functools.cache
 def measured_peak(device: str, arithmetic: str, threads: int) -> Peak:
-    """The rate of the matrix products that this process finishes in a third of a second.
-
-    Ranks that share a machine should measure at the same time, as they also train at the same time.
+    """The fastest of the matrix products that this process finishes in a third of a second.
 
     Args:
         device: "cpu" or "cuda".
@@ -62,23 +61,35 @@ def measured_peak(device: str, arithmetic: str, threads: int) -> Peak:
     dtype = torch.float32 if arithmetic == "fp32" else torch.bfloat16
     size = _MEASURED_SIZE * (8 if device == "cuda" else 1)
     a = torch.randn(size, size, device=device).to(dtype)
-    matmul(a, a)  # warms up
-    products, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < _MEASURED_SECONDS or not products:
+    best, until = 0.0, 0.0
+    while not best or time.perf_counter() < until:
+        start = time.perf_counter()
         matmul(a, a)
         if device == "cuda":
             torch.cuda.synchronize()
-        products += 1
-    rate = products * 2.0 * size**3 / seconds
+        now = time.perf_counter()
+        if until:  # the first product only warms up
+            best = max(best, 2.0 * size**3 / (now - start))
+        until = until or now + _MEASURED_SECONDS
     on = f"{threads} threads" if device == "cpu" else device
-    return Peak(rate, f"measured: matrix product of {size}, {dtype}, {on}: {rate / 1e9:.4g} GFLOP/s")
+    return Peak(best, f"measured: matrix product of {size}, {dtype}, {on}: {best / 1e9:.4g} GFLOP/s")
 
 
-def peak(arithmetic: str) -> Peak:
-    """The peak of this process's device: from the data sheet where it is listed, else measured."""
+def peak(arithmetic: str, *, ranks: int) -> Peak:
+    """The peak of this process's device: from the data sheet where it is listed, else measured.
+
+    Args:
+        ranks: processes on this machine. Where they have more threads than it has cores, each can have only
+            its share of them.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        return measured_peak("cpu", arithmetic, torch.get_num_threads())
+        threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+        one = measured_peak("cpu", arithmetic, threads)
+        if ranks * threads <= cores:
+            return one
+        share = cores / (ranks * threads)
+        return Peak(one.flops_per_second * share, f"{one.source} x {cores} cores / {ranks * threads} threads")
     listed = listed_peak(torch.cuda.get_device_name(), arithmetic)
     return listed or measured_peak("cuda", arithmetic, 0)

@@ -27,7 +27,7 @@ class Progress:
         self._gpu = GpuMonitor(current_device_uuid())
         execution = session.execution
         arithmetic = "fp8" if execution.fp8 != "off" else execution.precision
-        peak = peaks.peak(arithmetic)
+        peak = peaks.peak(arithmetic, ranks=session.mesh.world_size)
         self._peak = peak.flops_per_second * session.mesh.world_size
         self.notes = [
             *describe_flops(session.model, session.config.data.sequence_length).splitlines(),

@@ -105,9 +105,9 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
     torch.manual_seed(config.run.seed)
     model, execution = architecture(config), _execution(config)
     mesh = build_mesh(config.parallel, seed=config.run.seed)
-    length, seed = config.data.sequence_length, config.run.seed
-    engine = build_engine(mesh, model, config.optimizer, execution, sequence_length=length, seed=seed)
     path = starting_checkpoint(config)
+    length, seed = config.data.sequence_length, config.run.seed if path is None else None
+    engine = build_engine(mesh, model, config.optimizer, execution, sequence_length=length, seed=seed)
     same_run = path is not None and config.checkpoint.resume and path.parent == config.run.checkpoints
     loaded = _load(config, engine, path, weights_only=config.checkpoint.weights_only and not same_run)
     plan = schedule(config)
