@@ -29,9 +29,9 @@ def demo(folder: Path, *, ranks: int | None = None, fast: bool = False) -> None:
     began = time.monotonic()
     plan = make_plan(folder, ranks=ranks, fast=fast)
     story = Story(plan)
-    story.opening()
+    story.opening(folder)
     corpora = prepare_text(plan)
-    story.corpora(corpora, VOCABULARY)
+    story.corpora(corpora)
     unigram = {corpus.name: unigram_loss(corpus.prefix, corpus.held_out, VOCABULARY) for corpus in corpora}
     write_run_files(plan)
     for stage, run_file in enumerate(plan.run_files):

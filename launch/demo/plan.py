@@ -8,6 +8,7 @@ from pathlib import Path
 from parallel.layout import Layout
 
 VOCABULARY = 1024
+NUM_LAYERS = 4
 RANKS = (1, 2, 4, 8)
 """Numbers of ranks that the demo has layouts for."""
 
@@ -29,7 +30,7 @@ class Size:
     eval_batches: int
 
 
-FULL = Size(first_steps=300, second_steps=200, warmup_steps=20, eval_batches=14)
+FULL = Size(first_steps=400, second_steps=300, warmup_steps=20, eval_batches=14)
 FAST = Size(first_steps=6, second_steps=4, warmup_steps=1, eval_batches=1)
 
 
@@ -75,6 +76,11 @@ class Plan:
     def last_steps(self) -> tuple[int, int]:
         """The step at which each stage ends, counted from the beginning of the first."""
         return self.size.first_steps, self.size.first_steps + self.size.second_steps
+
+    def layout_name(self, stage: int) -> str:
+        """The degrees of a stage's layout, such as TP2 x PP2 x DP1."""
+        layout = self.layouts[stage]
+        return f"TP{layout.tensor} x PP{layout.pipeline} x DP{layout.data(self.ranks)}"
 
     @property
     def precision(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launch.demo.plan import Plan
+from launch.demo.plan import NUM_LAYERS, Plan
 
 GLOBAL_BATCH = 8
 
@@ -71,9 +71,9 @@ def _heading(plan: Plan, stage: int, text: str) -> str:
 
 
 def _model() -> str:
-    return """\
+    return f"""\
 [model]  # a Llama: RMSNorm, SwiGLU, rotary positions, grouped-query attention
-num_layers = 4
+num_layers = {NUM_LAYERS}
 hidden_size = 128
 ffn_hidden_size = 384
 num_attention_heads = 4
