@@ -82,8 +82,9 @@ class Engine:
         self.optimizer.reload_model_params()
 
     def blank(self) -> None:
-        """Zero the weights, which a checkpoint is about to fill."""
+        """Zero the weights, which a checkpoint is about to fill, and masters: nothing fills their padding."""
         blank(self.named)
+        self.weights_changed()
 
     def slices(self) -> list[TensorSlice]:
         """Every box of every logical tensor and optimizer state that this rank holds."""

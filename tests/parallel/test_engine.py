@@ -189,3 +189,25 @@ def test_padded_logits_have_no_probability(tensor: int, tied: bool) -> None:
     # fp32 sums in another order. Rows of zeros would add tensor / 259 of a token: 4e-3 of the loss or more.
     assert [loss for loss, _, _ in ranks] == pytest.approx([alone] * tensor, rel=1e-6)
     assert [(weight, gradient) for _, weight, gradient in ranks] == [(0.0, 0.0)] * tensor
+
+
+def poisoned_and_loaded(world: World) -> tuple[list[float], list[float]]:
+    """Two steps from new weights, and two from the same weights loaded over memory full of NaN."""
+    engine = build(world)
+    saved = copy_slices(engine)
+    fresh = [step(engine, number).loss for number in range(2)]
+    for entry in engine.named:
+        entry.parameter.data.fill_(torch.nan)
+    engine.weights_changed()
+    engine.blank()
+    for piece, old in zip(engine.slices(), saved, strict=True):
+        piece.data.copy_(old.data)
+    engine.updates = 0
+    return fresh, [step(engine, number).loss for number in range(2)]
+
+
+@pytest.mark.parametrize("optimizer", ["distributed", "plain"])
+def test_padding_that_no_checkpoint_fills_is_zero_in_masters_too(optimizer: str) -> None:
+    layout = Layout(tensor=4, distributed_optimizer=optimizer == "distributed")
+    for fresh, loaded in run_ranks(poisoned_and_loaded, 4, World(4, layout, precision="bf16")):
+        assert loaded == fresh

@@ -1,4 +1,4 @@
-"""The state of megatron-core's optimizers as slices: what there is, who holds it, and that it is the state."""
+"""The state of megatron-core's optimizers as slices: what there is, who holds it, that it is the state."""
 
 from __future__ import annotations
 
