@@ -102,10 +102,12 @@ def test_no_document_is_both_trained_on_and_held_out(shown: tuple[Path, str]) ->
 
 
 def test_its_run_files_can_be_started_by_hand(shown: tuple[Path, str], tmp_path: Path) -> None:
-    folder, _ = shown
-    overrides = [f"run.dir={tmp_path / 'more'}", f"checkpoint.load={folder / 'code'}", "train.steps=12"]
-    train(folder / "2-code.toml", overrides, ranks=2)
-    assert [line["step"] for line in records(tmp_path / "more", "step")] == [11, 12]
+    folder, more = shown[0], tmp_path / "more"
+    for steps in (12, 13):  # begins, and then goes on from itself
+        overrides = [f"run.dir={more}", f"checkpoint.load={folder / 'code'}", f"train.steps={steps}"]
+        train(folder / "2-code.toml", overrides, ranks=2)
+    assert [line["step"] for line in records(more, "step")] == [11, 12, 13]
+    assert [line["step"] for line in records(more, "evaluation")] == [10, 12, 13]  # none twice
 
 
 @pytest.mark.parametrize("ranks", RANKS)
