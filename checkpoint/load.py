@@ -103,7 +103,7 @@ def load(
     _refuse(f"{folder} is damaged", report.problems + rounding_faults(exact), _TOUCHED)
     derived, fresh = _summary(selection, slices)
     seconds = time.monotonic() - begin
-    _log.info("loaded %s: read %.1f MB in %.2f s", folder, report.read / 1e6, seconds)
+    _log.debug("loaded %s: read %.1f MB in %.2f s", folder, report.read / 1e6, seconds)
     return LoadedState(
         path=folder,
         step=manifest.step,
