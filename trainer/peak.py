@@ -60,7 +60,8 @@ def measured_peak(device: str, arithmetic: str, threads: int) -> Peak:
 
     dtype = torch.float32 if arithmetic == "fp32" else torch.bfloat16
     size = _MEASURED_SIZE * (8 if device == "cuda" else 1)
-    a = torch.randn(size, size, device=device).to(dtype)
+    own = torch.Generator(device)  # a run's own stream must not depend on whether this was measured
+    a = torch.randn(size, size, generator=own, device=device).to(dtype)
     best, until = 0.0, 0.0
     while not best or time.perf_counter() < until:
         start = time.perf_counter()
