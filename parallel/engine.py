@@ -126,13 +126,14 @@ class Engine:
         self.optimizer.step_with_ready_grads()
 
     def non_finite_gradients(self) -> list[str]:
-        """Logical names of this rank's parameters whose gradient has a NaN or an infinity."""
-        return [
+        """Logical names of this rank's parameters whose gradient has a NaN or an infinity, each once."""
+        found = dict.fromkeys(
             block.name
             for entry in self.named
             for block in entry.blocks
             if not torch.isfinite(block.view(entry.parameter.main_grad)).all()  # type: ignore[attr-defined]
-        ]
+        )
+        return list(found)
 
     def _build_chunk(self, model: dict[str, Any], stage: int) -> GPTModel:
         layout = self.mesh.layout
