@@ -50,6 +50,7 @@ class Engine:
         optimizer: OptimizerConfig,
         decays: Callable[[str], bool],
         portable: bool = False,
+        overlap: bool | None = None,
     ) -> None:
         """Build chunks and optimizer; `initialise` or a checkpoint must fill the weights.
 
@@ -58,17 +59,22 @@ class Engine:
             vocab_size: of the tokenizer, without padding.
             decays: whether the logical parameter of that name has weight decay.
             portable: use the portable modules even where Transformer Engine is present.
+            overlap: reduce gradients during the backward pass and gather weights during the forward pass,
+                which changes no number; None is where there are streams to do it on, on CUDA.
         """
         self.mesh = mesh
         self.config = _with_hooks(config)
         self.vocab_size = vocab_size
         self.tied = bool(model.get("share_embeddings_and_output_weights", False))
-        self.backend: Backend = choose_backend(portable=portable)
+        self.backend: Backend = choose_backend(portable=portable, fp32=not config.bf16)
+        self._overlap = mesh.device.type == "cuda" if overlap is None else overlap
         self.chunks = [self._build_chunk(dict(model), stage) for stage in range(mesh.layout.chunks)]
         self.named: list[NamedParameter] = name_parameters(
             self.chunks, mesh, vocab_size=vocab_size, tied=self.tied
         )
         self.wrapped = [self._wrap(chunk, index) for index, chunk in enumerate(self.chunks)]
+        if self._overlap:
+            self._time_reductions()
         self.optimizer = self._build_optimizer(optimizer, decays)
         self._clip = optimizer.clip_grad
 
@@ -87,7 +93,10 @@ class Engine:
         self.weights_changed()
 
     def slices(self) -> list[TensorSlice]:
-        """Every box of every logical tensor and optimizer state that this rank holds."""
+        """Every box of every logical tensor and optimizer state that this rank holds. Call on every rank."""
+        if self._overlap and self.mesh.layout.distributed_optimizer:
+            for chunk in self.wrapped:  # else only the next forward pass would fetch what others updated
+                chunk.start_param_sync(force_sync=True)
         return list(state_slices(self.named, self.optimizer, self.mesh))
 
     @property
@@ -151,21 +160,32 @@ class Engine:
         return chunk.to(self.mesh.device)
 
     def _wrap(self, chunk: GPTModel, index: int) -> DistributedDataParallel:
-        on_gpu = self.mesh.device.type == "cuda"
+        distributed = self.mesh.layout.distributed_optimizer
         module = Float16Module(self.config, chunk) if self.config.bf16 else chunk
         return DistributedDataParallel(
             config=self.config,
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                use_distributed_optimizer=self.mesh.layout.distributed_optimizer,
-                overlap_grad_reduce=on_gpu,
-                overlap_param_gather=on_gpu and self.mesh.layout.distributed_optimizer,
+                use_distributed_optimizer=distributed,
+                overlap_grad_reduce=self._overlap,
+                overlap_param_gather=self._overlap and distributed,
             ),
             module=module,
             # Later chunks begin their backward first: overlapping their reduction would hold up the first.
             disable_bucketing=index > 0,
             pg_collection=self.mesh.groups,
         )
+
+    def _time_reductions(self) -> None:
+        """Tell the pipeline schedules to reduce gradients after the last micro-batch only.
+
+        Under a pipeline they also choose the moment, when all stages are in the same phase.
+        """
+        no_sync = [chunk.no_sync for chunk in self.wrapped]
+        start = [chunk.start_grad_sync for chunk in self.wrapped]
+        single = len(self.wrapped) == 1
+        self.config.no_sync_func = no_sync[0] if single else no_sync
+        self.config.grad_sync_func = start[0] if single else start
 
     def _build_optimizer(self, config: OptimizerConfig, decays: Callable[[str], bool]) -> Any:
         for entry in self.named:
@@ -219,6 +239,8 @@ def _mask_padded_logits(chunk: GPTModel, tensor_rank: int, vocab_size: int) -> N
     if present >= rows:
         return
 
+    # Not recorded: the probability is exactly zero, and so is the gradient that would be cut off.
+    @torch.no_grad()
     def mask(_module: Any, _inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
         logits[..., max(0, present) :] = torch.finfo(logits.dtype).min

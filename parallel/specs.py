@@ -34,12 +34,18 @@ class Backend:
     reason: str
 
 
-def choose_backend(*, portable: bool = False) -> Backend:
-    """Transformer Engine where CUDA and it are present, the portable modules elsewhere or when asked for."""
+def choose_backend(*, portable: bool = False, fp32: bool = False) -> Backend:
+    """Transformer Engine where CUDA and it are present, the portable modules elsewhere or when asked for.
+
+    Args:
+        fp32: weights and activations are float32, which Transformer Engine would multiply with less.
+    """
     if not torch.cuda.is_available():
         return Backend("portable", "torch sees no CUDA device")
     if importlib.util.find_spec("transformer_engine") is None:
         return Backend("portable", "Transformer Engine is not installed; pip install 'ratoon[gpu]' adds it")
+    if fp32:
+        return Backend("portable", "Transformer Engine multiplies float32 in TF32, torch in full")
     if portable:
         return Backend("portable", "asked for")
     return Backend("transformer_engine", "CUDA and Transformer Engine are present")

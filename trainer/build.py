@@ -30,7 +30,8 @@ def execution_here(
         fp8=fp8,
         recompute=recompute,
         cuda=torch.cuda.is_available(),
-        transformer_engine=choose_backend(portable=portable).kind == "transformer_engine",
+        transformer_engine=choose_backend(portable=portable, fp32=precision == "fp32").kind
+        == "transformer_engine",
         deterministic=deterministic,
     )
 
@@ -43,11 +44,13 @@ def build_engine(
     *,
     sequence_length: int,
     seed: int | None,
+    overlap: bool | None = None,
 ) -> Engine:
     """The model on this rank's part of the mesh, initialised from the seed: the same in every layout.
 
     Args:
         seed: None leaves the weights zero, for a checkpoint to fill.
+        overlap: as in Engine.
     """
     engine = Engine(
         mesh,
@@ -57,6 +60,7 @@ def build_engine(
         optimizer=megatron_optimizer_config(optimizer, execution, mesh.layout),
         decays=lambda name: weight_decay(optimizer, name) > 0,
         portable=not execution.transformer_engine,
+        overlap=overlap,
     )
     if seed is None:
         engine.blank()
