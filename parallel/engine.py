@@ -195,6 +195,7 @@ class Engine:
         optimizer = get_megatron_optimizer(
             config,
             self.wrapped,
+            use_gloo_process_groups=False,
             config_overrides={ParamKey(attr="no_weight_decay"): {"wd_mult": 0.0, "weight_decay": 0.0}},
         )
         prepare_state(optimizer)

@@ -76,14 +76,18 @@ def _forward_step(
     batch, device = next(batches), engine.mesh.device
 
     def mine(column: torch.Tensor) -> torch.Tensor:
-        """This context rank's share of a [b, s] column, on its device."""
-        part = context_slice(column, 1, engine.mesh.context_rank, engine.mesh.layout.context)
-        return part.to(device, non_blocking=True).contiguous()
+        """This context rank's share of a [b, s] column, on its device.
+
+        From pinned memory, since a copy from any other waits for what the device is doing.
+        """
+        part = context_slice(column, 1, engine.mesh.context_rank, engine.mesh.layout.context).contiguous()
+        return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
 
     losses = chunk(
         input_ids=mine(batch.tokens),
         position_ids=mine(batch.positions),
-        attention_mask=batch.documents.to(device, non_blocking=True) if document_mask else None,
+        # On the host, where attention is planned: reading them back would wait for the device.
+        attention_mask=batch.documents if document_mask else None,
         labels=mine(batch.labels),
     )
 
@@ -95,8 +99,11 @@ def _forward_step(
 
 
 def sum_over_data(engine: Engine, value: float) -> float:
-    """Sum of a number over the data ranks, each of which has its own micro-batches."""
-    total = torch.tensor(value, dtype=torch.float64, device=engine.mesh.device)
+    """Sum of a number over the data ranks, each of which has its own micro-batches.
+
+    From host to host, so that nobody waits for the devices.
+    """
+    total = torch.tensor(value, dtype=torch.float64)
     torch.distributed.all_reduce(total, group=engine.mesh.groups.dp)
     return float(total)
 

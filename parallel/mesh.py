@@ -106,7 +106,7 @@ def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = 30) -> M
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=False,  # the default group's backends take tensors on the host as well
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + _STREAMS * (dist.get_rank() // layout.tensor))
     return Mesh(

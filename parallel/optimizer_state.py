@@ -17,7 +17,8 @@ def prepare_state(optimizer: Any) -> None:
     """Create the moments before the first step, so that a checkpoint can be loaded into them.
 
     torch's AdamW makes its state, the step count included, at the first step and takes a state that has only
-    the moments for complete; Transformer Engine's and Apex's FusedAdam count steps per group.
+    the moments for complete; Transformer Engine's and Apex's FusedAdam count steps per group. The fused AdamW
+    reads the count where the parameter is: on CUDA, from the kernel.
     """
     for part in _parts(optimizer):
         inner = part.optimizer
@@ -27,7 +28,7 @@ def prepare_state(optimizer: Any) -> None:
                 if state:
                     continue
                 if isinstance(inner, torch.optim.AdamW):
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
 
@@ -36,7 +37,7 @@ def get_step(optimizer: Any) -> int:
     """Updates made so far, which Adam's bias correction needs."""
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
-            if "step" in group:
+            if "step" in group and group["params"]:  # without parameters here FusedAdam does not count
                 return int(group["step"])
             for parameter in group["params"]:
                 if "step" in part.optimizer.state[parameter]:

@@ -2,12 +2,13 @@
 
 Transformer Engine knows documents only as one long row of tokens with the places where they begin ("thd").
 This module takes the documents as PortableAttention does, rearranges for Transformer Engine and back, and
-leaves to the portable module what "thd" cannot do: documents under context parallelism, where Transformer
-Engine wants every single document padded to a multiple of 2 CP.
+leaves to the portable module what Transformer Engine cannot do under context parallelism: documents, of which
+it wants every single one padded to a multiple of 2 CP, and a sliding window round the ring.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +26,20 @@ if TYPE_CHECKING:
 _packings: PlanCache[PackedSeqParams] = PlanCache()
 
 
-def pack(documents: Tensor) -> PackedSeqParams:
+def pack(documents: Tensor, device: torch.device) -> PackedSeqParams:
     """Where the documents of a batch begin when its rows lie one after the other.
 
     Args:
-        documents: int [b, s], each document one run of equal numbers.
+        documents: int [b, s], each document one run of equal numbers; best on the host.
+        device: where attention is computed.
     """
 
     def build() -> PackedSeqParams:
         length = documents.size(1)
         ends = [row * length + end for row, runs in enumerate(document_runs(documents)) for _, end in runs]
-        starts = torch.tensor([0, *ends], dtype=torch.int32, device=documents.device)
-        longest = int((starts[1:] - starts[:-1]).max())
+        bounds = [0, *ends]
+        starts = torch.tensor(bounds, dtype=torch.int32, device=device)
+        longest = max(end - start for start, end in itertools.pairwise(bounds))
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=starts,
@@ -45,7 +48,7 @@ def pack(documents: Tensor) -> PackedSeqParams:
             max_seqlen_kv=longest,
         )
 
-    return _packings.get(documents, (), build)
+    return _packings.get(documents, device, build)
 
 
 def attend_packed(
@@ -65,7 +68,7 @@ def attend_packed(
     """
     length, rows = query.shape[:2]
     q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-    output = attend(q, k, v, pack(documents))
+    output = attend(q, k, v, pack(documents, query.device))
     return output.reshape(rows, length, -1).transpose(0, 1).contiguous()
 
 
@@ -81,8 +84,11 @@ def packed_attention() -> type:
         ) -> None:
             super().__init__(config, layer_number, attn_mask_type, **kwargs)
             self._portable: PortableAttention | None = None
+            self._always_portable = False
             if config.context_parallel_size > 1:
                 self._portable = PortableAttention(config, layer_number, attn_mask_type, **kwargs)
+                ring = self._portable.context_kind == "p2p"
+                self._always_portable = ring and self._portable.window is not None
 
         def forward(
             self,
@@ -94,10 +100,10 @@ def packed_attention() -> type:
             **kwargs: Any,
         ) -> Tensor:
             documents = attention_mask
+            if self._portable is not None and (documents is not None or self._always_portable):
+                return self._portable(query, key, value, documents, attn_mask_type)
             if documents is None:
                 return super().forward(query, key, value, None, attn_mask_type, **kwargs)
-            if self._portable is not None:
-                return self._portable(query, key, value, documents, attn_mask_type)
             engine = super().forward
 
             def attend(q: Tensor, k: Tensor, v: Tensor, packing: PackedSeqParams) -> Tensor:

@@ -13,7 +13,7 @@ DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]], dtype=torch.i
 
 
 def test_pack_counts_tokens_over_all_rows() -> None:
-    packing = pack(DOCUMENTS)
+    packing = pack(DOCUMENTS, DOCUMENTS.device)
     assert packing.cu_seqlens_q.tolist() == [0, 3, 5, 6, 7, 12]
     assert packing.max_seqlen_q == 5
     assert packing.cu_seqlens_q.dtype == torch.int32

@@ -190,4 +190,6 @@ def _execution(execution: Execution) -> dict[str, Any]:
         settings |= dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     if execution.fp8 != "off":
         settings |= dict(fp8="hybrid", fp8_recipe=MEGATRON_FP8_RECIPE[execution.fp8])
+        # "delayed" as Megatron-LM's recipes for H100 have it; megatron-core's default looks back one step.
+        settings |= dict(fp8_amax_history_len=1024, fp8_amax_compute_algo="max")
     return settings
