@@ -14,6 +14,7 @@ import torch
 from checkpoint.load import LoadedState, load
 from checkpoint.save import Saved, Saver
 from parallel.engine import Engine
+from parallel.fp8_state import get_fp8_state, set_fp8_state
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.random_state import get_random_state, set_random_state
@@ -66,7 +67,8 @@ class Session:
 
     def save(self) -> None:
         """Save a checkpoint of the steps done so far, in the background where the run file allows it."""
-        self.saver.save(self.step, self.engine.slices(), self._state(), get_random_state())
+        rank_state = get_random_state() | get_fp8_state(self.engine.chunks, self.engine.config)
+        self.saver.save(self.step, self.engine.slices(), self._state(), rank_state)
 
     def _state(self) -> dict[str, Any]:
         """All that decides the next step and is no tensor: JSON, the same on every rank."""
@@ -202,6 +204,7 @@ def _go_on(session: Session, loaded: LoadedState, *, same_run: bool) -> list[str
         )
     if loaded.rank_state:
         set_random_state(dict(loaded.rank_state))
+        set_fp8_state(session.engine.chunks, session.engine.config, loaded.rank_state)
     return notes
 
 
