@@ -37,6 +37,16 @@ class Environment:
     gpus: int
     cores: int
 
+    @property
+    def device(self) -> int | None:
+        """The CUDA device of this rank; None where there is not one for each rank of this machine.
+
+        srun may bind GPUs to tasks: then fewer than the tasks are all that a task sees, and they are its own.
+        """
+        if self.gpus >= self.local_world_size:
+            return self.local_rank
+        return self.local_rank % self.gpus if self.launcher == "slurm" and self.gpus else None
+
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
     """Read the environment variables of torchrun or srun, and count devices.
@@ -225,6 +235,24 @@ def announce_rank(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     if master is not None:
         os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
+
+
+def prepare_gpus(*, tensor: int, deterministic: bool) -> None:
+    """Set what CUDA's libraries read as they start, in this process and its children; what is set stays.
+
+    One queue to the GPU keeps the order in which tensor-parallel ranks start products and communication, on
+    which their overlap relies (Megatron-LM). cuBLAS, Transformer Engine and NCCL each have their own word
+    for giving the same bits twice.
+    """
+    wanted = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if tensor > 1 else {}
+    if deterministic:
+        wanted |= {
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+            "NCCL_ALGO": "Ring",
+        }
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
 
 
 def hide_gpus() -> None:

@@ -16,15 +16,14 @@ def start_process_group(
     rank: int,
     world_size: int,
     *,
-    local_rank: int,
-    gpu: bool,
+    device: int | None,
     threads: int,
     store: Store | None = None,
 ) -> None:
-    """Initialise the default process group: gloo for CPU tensors, and NCCL for CUDA tensors where `gpu`.
+    """Initialise the default process group: gloo for CPU tensors, and NCCL for CUDA tensors with `device`.
 
     Args:
-        local_rank: the CUDA device of this rank, where `gpu`.
+        device: the CUDA device of this rank; None computes on the CPU.
         threads: CPU threads of this rank's kernels.
         store: where the ranks meet; None reads torchrun's MASTER_ADDR and MASTER_PORT.
     """
@@ -32,10 +31,10 @@ def start_process_group(
     import torch.distributed as dist
 
     torch.set_num_threads(threads)
-    if gpu:
-        torch.cuda.set_device(local_rank)
+    if device is not None:
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        "gloo" if device is None else "cpu:gloo,cuda:nccl",
         store=store,
         rank=rank,
         world_size=world_size,

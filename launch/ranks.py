@@ -136,8 +136,7 @@ def _join(place: _Place) -> None:
     start_process_group(
         place.rank,
         place.world_size,
-        local_rank=place.rank,
-        gpu=place.gpu,
+        device=place.rank if place.gpu else None,
         threads=threads_per_rank(place.world_size),
         store=dist.FileStore(place.store, place.world_size),  # type: ignore[attr-defined]
     )

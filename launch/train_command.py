@@ -13,7 +13,14 @@ from types import FrameType
 
 from rich.console import Console
 
-from launch.environment import Environment, announce_rank, hide_gpus, read_environment, threads_per_rank
+from launch.environment import (
+    Environment,
+    announce_rank,
+    hide_gpus,
+    prepare_gpus,
+    read_environment,
+    threads_per_rank,
+)
 from launch.errors import USAGE, RankError, user_message
 from launch.process_group import start_process_group
 from launch.rank_logs import FAILURE, log_path, start_logging
@@ -74,7 +81,9 @@ def start_ranks(config: RunConfig, world_size: int, *, gpus: int) -> None:
     before = signal.signal(signal.SIGTERM, _leave)
     gpu = gpus >= world_size
     _announce(world_size, gpus=gpus)
-    if not gpu:
+    if gpu:
+        prepare_gpus(tensor=config.parallel.tensor, deterministic=config.run.deterministic)
+    else:
         hide_gpus()
         _import_once()
     try:
@@ -116,14 +125,15 @@ def _join(config: RunConfig, environment: Environment) -> None:
         local_rank=environment.local_rank,
         master=(environment.master_address, environment.master_port),
     )
-    gpu = environment.gpus >= environment.local_world_size
-    if not gpu:
+    device = environment.device
+    if device is None:
         hide_gpus()
+    else:
+        prepare_gpus(tensor=config.parallel.tensor, deterministic=config.run.deterministic)
     start_process_group(
         environment.rank,
         environment.world_size,
-        local_rank=environment.local_rank,
-        gpu=gpu,
+        device=device,
         threads=threads_per_rank(environment.local_world_size),
     )
     if environment.rank == 0:

@@ -1,5 +1,8 @@
 """What torchrun and srun say in their variables, and what the machine has."""
 
+import os
+from dataclasses import replace
+
 import pytest
 
 from launch.environment import (
@@ -7,6 +10,7 @@ from launch.environment import (
     count_cores,
     count_gpus,
     parse_node_list,
+    prepare_gpus,
     read_environment,
     threads_per_rank,
 )
@@ -50,6 +54,39 @@ def test_srun() -> None:
     assert (environment.rank, environment.world_size) == (5, 6)
     assert (environment.local_rank, environment.local_world_size) == (1, 2)
     assert environment.master_address == "gpu09"
+
+
+@pytest.mark.parametrize(
+    ("environ", "gpus", "device"),
+    [
+        (TORCHRUN, 8, 1),
+        (TORCHRUN, 7, None),
+        (SRUN, 2, 1),
+        (SRUN, 1, 0),  # bound to the task
+        (SRUN, 0, None),
+    ],
+)
+def test_the_device_of_a_rank(environ: dict[str, str], gpus: int, device: int | None) -> None:
+    environment = replace(read_environment(environ), gpus=gpus)
+    assert environment.device == device
+
+
+def test_what_cuda_reads_is_set_unless_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "CUBLAS_WORKSPACE_CONFIG",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
+    ):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    prepare_gpus(tensor=1, deterministic=False)
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    prepare_gpus(tensor=2, deterministic=True)
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["NCCL_ALGO"] == "Tree"
 
 
 def test_every_task_of_a_job_computes_the_same_port() -> None:
