@@ -20,10 +20,15 @@ from tests.proof.gather import Wholes, copy_slices
 from trainer.config import RunConfig, check_config
 from trainer.loop import train
 from trainer.metrics.sink import EvaluationRecord, RunInfo, StepRecord
+from trainer.peak import measured_peak
 from trainer.session import open_session
 
 GLOBAL_BATCH = 6  # divides over 1, 2 and 3 data ranks
 SEQUENCE = 32
+
+for arithmetic in ("fp32", "bf16"):
+    for threads in (1, 2):  # of a forked rank; a third of a second that no run has to spend again
+        measured_peak("cpu", arithmetic, threads)
 
 
 @dataclass

@@ -30,7 +30,7 @@ QUICK = {
     "CP2 all-gather",
     "CP2 ring",
     "CP2 Ulysses",
-    "EP2 x PP2, plain optimizer",
+    "EP2",
 }
 
 

@@ -102,7 +102,15 @@ def resume(whole: Whole, setting: Setting, name: str) -> tuple[RunConfig, list[R
     return config, run_ranks(look_and_run, setting.ranks, config)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+SLOW = {"PP2 VPP2, plain, bf16", "CP2, recomputed"}
+
+
+def same() -> list[object]:
+    assert SLOW <= SOURCES.keys()
+    return [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in SOURCES]
+
+
+@pytest.mark.parametrize("name", same())
 def test_the_same_layout_goes_on_bit_for_bit(source: Source, name: str) -> None:
     whole, setting = source(name), SOURCES[name]
     config, ranks = resume(whole, setting, "again")
@@ -171,8 +179,8 @@ def test_another_layout_goes_on_from_the_same_bits(source: Source, name: str, ta
 
 def test_saving_in_the_background_changes_no_number(source: Source) -> None:
     """Saves after every step, while the next steps run, against none but two in the foreground."""
-    whole = source("TP2 DP2, bf16")
-    setting = SOURCES["TP2 DP2, bf16"]
+    whole = source("DP3, uneven shards, bf16")
+    setting = SOURCES["DP3, uneven shards, bf16"]
     changes = setting.changes | {"checkpoint__every": 1, "checkpoint__background": True}
     often = Setting(setting.ranks, setting.layout, changes).config(whole.config.run.folder.parent, "often")
     changes = setting.changes | {"checkpoint__background": False}
