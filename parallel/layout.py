@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields
 from typing import Literal
 
@@ -137,14 +136,17 @@ class Layout:
 
     def _context_problems(self, heads: int, sequence_length: int | None) -> list[str]:
         found = []
-        share = 2 * self.context if self.context > 1 else 1  # zig-zag: two chunks a rank
+        share, reasons = 1, []
+        if self.context > 1:
+            share *= 2 * self.context  # zig-zag
+            reasons.append(f"2 chunks for each of parallel.context = {self.context} ranks")
         if self.sequence_parallel:
-            share = math.lcm(share, share * self.tensor)
+            share *= self.tensor
+            reasons.append(f"sequence_parallel splits over parallel.tensor = {self.tensor}")
         if sequence_length is not None and sequence_length % share:
             found.append(
-                f"data.sequence_length = {sequence_length} is not a multiple of {share} (2 x context "
-                f"{self.context} chunks, each over {self.tensor} tensor ranks under sequence_parallel): use "
-                f"{-(-sequence_length // share) * share}"
+                f"data.sequence_length = {sequence_length} is not a multiple of {share} "
+                f"({', '.join(reasons)}): use {-(-sequence_length // share) * share}"
             )
         if self.context > 1 and self.context_kind == "a2a" and (heads // self.tensor) % self.context:
             found.append(
