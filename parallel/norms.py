@@ -54,7 +54,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., hidden_size]."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if x.is_cuda or x.dtype != torch.bfloat16:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        # On the CPU torch would sum the gradients of weight and bias over all tokens in bfloat16.
+        normed = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(x.dtype)
 
 
 def _parameter(config: TransformerConfig, hidden_size: int, value: float) -> nn.Parameter:
