@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -258,3 +259,17 @@ def prepare_gpus(*, tensor: int, deterministic: bool) -> None:
 def hide_gpus() -> None:
     """Make CUDA see no device in this process and its children; to be called before CUDA starts."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@contextlib.contextmanager
+def hidden_gpus() -> Iterator[None]:
+    """`hide_gpus` for the processes that are started inside the block."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hide_gpus()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before

@@ -9,6 +9,7 @@ from launch.environment import (
     _count_visible,
     count_cores,
     count_gpus,
+    hidden_gpus,
     parse_node_list,
     prepare_gpus,
     read_environment,
@@ -152,6 +153,16 @@ def test_visible_devices_are_counted_as_cuda_counts_them(visible: str, count: in
 
 def test_hidden_gpus_do_not_count() -> None:
     assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+
+
+@pytest.mark.parametrize("before", [None, "2,3"])
+def test_gpus_are_hidden_for_a_while(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with hidden_gpus():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
 def test_threads_share_the_cores_unless_told_otherwise() -> None:
