@@ -28,7 +28,7 @@ DENSE = {
         "normalization": "LayerNorm",
         "activation": "gelu",
     },
-    "long heads": {"head_dim": 16, "num_query_groups": 8},
+    "odd sizes, long heads": {"hidden_size": 48, "ffn_hidden_size": 80, "head_dim": 16},
 }
 EXPERTS = {"experts": {}, "experts, tied, norms of q and k": {"tie_word_embeddings": True, "qk_norm": True}}
 LAYOUTS = {
@@ -105,7 +105,7 @@ def test_runs_lie_one_after_the_other_in_their_parameter(layout: str, model: str
 def test_only_rows_past_the_vocabulary_belong_to_nothing(layout: str, model: str) -> None:
     """259 tokens on 4 tensor ranks are 65 rows each: the last of the last rank is padding."""
     ranks, degrees = LAYOUTS[layout]
-    architecture = World(ranks, degrees).architecture
+    architecture = World(ranks, degrees, model=DENSE.get(model, {})).architecture
     rows = math.ceil(architecture.vocab_size / degrees.tensor)
     for rank, share in enumerate(split(layout)):
         tensor_rank = rank % degrees.tensor

@@ -39,7 +39,8 @@ class Fed:
 
 def feed(config: RunConfig) -> Fed:
     session, _ = open_session(config)
-    sequences = [Counter(rows(session.batches(step))) for step in range(STEPS)]
+    steps = range(session.step, session.step + STEPS)
+    sequences = [Counter(rows(session.batches(step))) for step in steps]
     session.saver.close()
     destroy_mesh()
     return Fed(session.mesh.data_rank, sequences, run(config))
@@ -91,3 +92,22 @@ def test_every_split_sees_the_same_sequences_and_losses(folder: Path, alone: Fed
 
 def test_no_sequence_comes_twice(alone: Fed) -> None:
     assert set(sum(alone.sequences, Counter()).values()) == {1}
+
+
+def test_a_new_mixture_goes_on_where_each_source_was(folder: Path) -> None:
+    """Four steps of prose, then four with code added: no sequence comes twice, none of prose is left out."""
+    prose = [{"name": "prose", "path": str(folder / "prose")}]
+    both = [*prose, {"name": "code", "path": str(folder / "code")}]
+    changes = {"data__sources": prose, "train__steps": STEPS}
+    first = run_config(folder, run__name="prose", **changes)
+    changes = {"data__sources": both, "train__steps": 2 * STEPS, "checkpoint__load": first.run.folder}
+    second = run_config(folder, run__name="prose-and-code", **changes)
+    seen = sum(run_ranks(feed, 1, first)[0].sequences, Counter())
+    seen += sum(run_ranks(feed, 1, second)[0].sequences, Counter())
+    assert seen.total() == 2 * STEPS * GLOBAL_BATCH
+    assert set(seen.values()) == {1}
+
+    changes = {"data__sources": prose, "train__steps": 2 * STEPS, "checkpoint__load": first.run.folder}
+    alone = run_config(folder, run__name="prose-goes-on", **changes)
+    later = sum(run_ranks(feed, 1, alone)[0].sequences[: STEPS // 2], Counter())
+    assert later <= seen, "half of the second run's sequences are the next ones of prose"
