@@ -20,7 +20,7 @@ from trainer.optimizer import OptimizerConfig
 from trainer.precision import PrecisionConfig
 from trainer.run_config import EvalConfig, MetricsConfig, RunSettings, TrainConfig
 from trainer.run_file import RunFile, apply_overrides, read_run_file, to_toml
-from trainer.schedule import Schedule, ScheduleConfig
+from trainer.schedule import Anchor, Schedule, ScheduleConfig
 
 
 class RunConfig(Settings):
@@ -123,6 +123,11 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
     if model is not None:
         problems += config.parallel.problems(world_size, **_layout_facts(config, model))
         problems += _length_problems(config, model)
+        if model.attention_dropout and config.parallel.context > 1:
+            problems.append(
+                f"model.attention_dropout = {model.attention_dropout} with parallel.context = "
+                f"{config.parallel.context}: the context ranks would draw different masks; set one to 0 or 1"
+            )
     problems += _batch_problems(config, world_size)
     problems += _step_problems(config)
     if config.precision.fp8 != "off" and config.train.precision != "bf16":
@@ -182,12 +187,33 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
     return []
 
 
+def _start_problems(config: RunConfig, path: Path) -> list[str]:
+    """What is wrong with going on from the checkpoint at `path`: its step and where the schedule begins."""
+    from checkpoint.folder import read_manifest
+
+    _, manifest = read_manifest(path)
+    plan = schedule(config)
+    same_run = config.checkpoint.resume and path.parent == config.run.checkpoints
+    if config.checkpoint.weights_only and not same_run:
+        return plan.problems()
+    if same_run and manifest.step >= config.train.steps:
+        return []  # done already, which is no fault
+    if manifest.step >= config.train.steps:
+        return [
+            f"train.steps = {config.train.steps}, but {path} is at step {manifest.step} already: train.steps "
+            "counts from the first run's beginning; raise it, or set checkpoint.weights_only = true"
+        ]
+    saved = Anchor.from_json(manifest.state["schedule"]["anchor"])
+    lr = float(manifest.state["scalars"]["lr"])
+    return plan.problems(plan.resume(saved, step=manifest.step, lr=lr, same_run=same_run))
+
+
 def _step_problems(config: RunConfig) -> list[str]:
-    problems = schedule(config).problems()
     try:
-        starting_checkpoint(config)
+        path = starting_checkpoint(config)
+        problems = _start_problems(config, path) if path is not None else schedule(config).problems()
     except ValueError as error:
-        problems.append(f"checkpoint.load: {error}")
+        problems = [f"checkpoint.load: {error}"]
     if config.eval.every and not config.data.validation:
         problems.append(
             f"eval.every = {config.eval.every}, but there is nothing to evaluate on: add a "

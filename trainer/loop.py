@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
+from checkpoint.attempt import SaveError
 from checkpoint.save import Saved
 from trainer.config import RunConfig
 from trainer.data.batch import MicroBatch
@@ -13,7 +15,7 @@ from trainer.metrics.sink import MetricSink, RunInfo
 from trainer.model.parameters import count_parameters
 from trainer.progress import Progress
 from trainer.session import Session, open_session, saved_sentence
-from trainer.step import train_step
+from trainer.step import NonFiniteError, train_step
 
 
 def train(config: RunConfig, *, sink: MetricSink) -> None:
@@ -24,6 +26,11 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
     session, notes = open_session(config)
     progress, evaluator = Progress(session), Evaluator(session)
     sink.start(_info(session, [*notes, *progress.notes]))
+    if session.step >= config.train.steps:
+        sink.event(
+            f"nothing to do: train.steps = {config.train.steps} are done; raise it to go on",
+            step=session.step,
+        )
     try:
         if evaluator.due_at_start():
             sink.evaluation(evaluator.run())
@@ -38,6 +45,8 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
                     session.save()
         _report_save(sink, session.saver.close())
     finally:
+        with contextlib.suppress(SaveError):  # a save under way is worth finishing, whatever else went wrong
+            session.saver.close()
         sink.close()
 
 
@@ -47,18 +56,22 @@ def _step(
     config = session.config
     began = time.monotonic()
     batches = prefetcher.get(session.step)
-    report = train_step(
-        session.engine,
-        batches,
-        lr=session.schedule.lr(session.step, session.anchor),
-        source_names=session.stream.source_names,
-        document_mask=config.data.document_mask,
-    )
+    try:
+        report = train_step(
+            session.engine,
+            batches,
+            lr=session.schedule.lr(session.step, session.anchor),
+            source_names=session.stream.source_names,
+            document_mask=config.data.document_mask,
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(f"step {session.step + 1}: {error}") from None
     session.step += 1
     session.lr = report.lr
-    record = progress.record(report, batches, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    progress.add(report, seconds)
     if session.step % config.metrics.every == 0 or session.step == config.train.steps:
-        sink.step(record)
+        sink.step(progress.record(report, batches, seconds))
     _report_save(sink, session.saver.poll())
 
 

@@ -86,7 +86,7 @@ def peak(arithmetic: str, *, ranks: int) -> Peak:
     import torch
 
     if not torch.cuda.is_available():
-        threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+        threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
         one = measured_peak("cpu", arithmetic, threads)
         if ranks * threads <= cores:
             return one

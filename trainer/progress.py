@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 
 import torch
 
-from parallel.forward import sum_over_data
+from parallel.forward import gather_texts, sum_over_data
 from trainer import peak as peaks
 from trainer.data.batch import MicroBatch
 from trainer.flops import Flops, describe_flops, training_flops
@@ -24,21 +25,25 @@ class Progress:
         """Find the peak to compare with; on a CPU it is measured, by all ranks at the same time."""
         self._session = session
         self._throughput = Throughput()
-        self._gpu = GpuMonitor(current_device_uuid())
+        self._gpu = GpuMonitor(current_device_uuid() if session.mesh.rank == 0 else None)
         execution = session.execution
         arithmetic = "fp8" if execution.fp8 != "off" else execution.precision
-        peak = peaks.peak(arithmetic, ranks=session.mesh.world_size)
+        machine = socket.gethostname()
+        peak = peaks.peak(arithmetic, ranks=gather_texts(machine).count(machine))
         self._peak = peak.flops_per_second * session.mesh.world_size
         self.notes = [
             *describe_flops(session.model, session.config.data.sequence_length).splitlines(),
             f"MFU = training FLOPs / seconds / ({session.mesh.world_size} ranks x {peak.source})",
         ]
 
+    def add(self, report: StepReport, seconds: float) -> None:
+        """Count a step that took `seconds`."""
+        self._throughput.add(seconds, round(report.tokens))
+
     def record(self, report: StepReport, batches: Sequence[MicroBatch], seconds: float) -> StepRecord:
-        """The record of a step that took `seconds`; called on every rank."""
+        """The record of the step just counted; called on every rank."""
         session = self._session
         names = session.stream.source_names
-        self._throughput.add(seconds, round(report.tokens))
         flops = self._flops(batches)
         present = [
             (name, loss, count) for name, (loss, count) in zip(names, report.by_source, strict=True) if count

@@ -11,7 +11,7 @@ from parallel.settings import Settings
 class RunSettings(Settings):
     """`[run]`: the name and folder of the run, and what its random numbers start from."""
 
-    name: str = Field(default="run", min_length=1, pattern=r"^[^/\s]+$")
+    name: str = Field(default="run", min_length=1, pattern=r"^[^/\s.][^/\s]*$")
     dir: Path | None = None
     """Run folder; `runs/NAME` under the current folder when not given."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
@@ -59,5 +59,5 @@ class MetricsConfig(Settings):
     """`[metrics]`: how often numbers leave the training step, and where they go."""
 
     every: int = Field(default=1, gt=0)
-    """Steps between two records. Reading the loss waits for the device, so raise it where steps are short."""
+    """Steps between two records on the terminal, in metrics.jsonl and in TensorBoard."""
     tensorboard: bool = True

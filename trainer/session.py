@@ -14,6 +14,7 @@ import torch
 from checkpoint.load import LoadedState, load
 from checkpoint.save import Saved, Saver
 from parallel.engine import Engine
+from parallel.forward import gather_texts
 from parallel.fp8_state import get_fp8_state, set_fp8_state
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
@@ -107,7 +108,7 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
     torch.manual_seed(config.run.seed)
     model, execution = architecture(config), _execution(config)
     mesh = build_mesh(config.parallel, seed=config.run.seed)
-    path = starting_checkpoint(config)
+    path = _agreed_checkpoint(config)
     length, seed = config.data.sequence_length, config.run.seed if path is None else None
     engine = build_engine(mesh, model, config.optimizer, execution, sequence_length=length, seed=seed)
     same_run = path is not None and config.checkpoint.resume and path.parent == config.run.checkpoints
@@ -129,9 +130,23 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
         lineage=[],
     )
     notes = [f"{engine.backend.kind} modules: {engine.backend.reason}; {_optimizer_name(engine)}"]
+    if execution.transformer_engine and config.parallel.context > 1 and config.data.document_mask:
+        notes.append("portable attention: Transformer Engine takes no documents under context parallelism")
     if loaded is not None:
         notes += _go_on(session, loaded, same_run=same_run)
     return session, notes
+
+
+def _agreed_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint to start from, which every rank must see: some would load while others begin anew."""
+    path = starting_checkpoint(config)
+    seen = dict.fromkeys(gather_texts(str(path)))
+    if len(seen) > 1:
+        raise ValueError(
+            f"the ranks see different checkpoints to start from: {', '.join(seen)}. run.dir and "
+            "checkpoint.load must lie on a file system that all machines share"
+        )
+    return path
 
 
 def _execution(config: RunConfig) -> Execution:
