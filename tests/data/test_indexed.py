@@ -40,6 +40,23 @@ def test_a_document_of_several_sequences_is_one_document(tmp_path: Path) -> None
     assert [reader[i].tolist() for i in range(len(reader))] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
 
 
+@pytest.mark.parametrize("closed", [0, 1])
+def test_sequences_behind_the_last_document_are_refused(tmp_path: Path, closed: int) -> None:
+    """As a builder leaves them that was never told of the last document's end."""
+    builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.int32)
+    for number in range(3):
+        builder.add_item(torch.arange(4))
+        if number < closed:
+            builder.end_document()
+    builder.finalize(str(tmp_path / "c.idx"))
+    with pytest.raises(ValueError, match=rf"c\.idx: .* tokens 0 to {4 * closed} of the 12 in .*c\.bin"):
+        IndexedReader(tmp_path / "c")
+
+
+def test_an_empty_corpus_opens(tmp_path: Path) -> None:
+    assert len(IndexedReader(write_tokens(tmp_path / "c", []))) == 0
+
+
 def test_the_narrow_type_ends_where_megatrons_does() -> None:
     assert token_dtype(65499) is np.uint16
     assert token_dtype(65500) is np.int32

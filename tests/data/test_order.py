@@ -1,5 +1,6 @@
 """Each source's endless stream of tokens."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 
 from tests.data.corpora import ragged, write_tokens
 from trainer.data import order
-from trainer.data.indexed import IndexedReader
-from trainer.data.order import SourceOrder, Spans, permute
+from trainer.data.indexed import HEADER, IndexedReader
+from trainer.data.order import SourceOrder, Spans, file_spans, permute
 
 
 def read(corpus: IndexedReader, spans: Spans) -> list[int]:
@@ -80,3 +81,16 @@ def test_empty_documents_leave_no_span(tmp_path: Path) -> None:
     spans = SourceOrder(corpus, seed=1, name="s").spans(0, 6)
     assert sorted(read(corpus, spans)) == [1, 1, 2, 2, 3, 3]
     assert spans.lengths.min() > 0
+
+
+@pytest.mark.parametrize(
+    "read", [file_spans, lambda corpus: SourceOrder(corpus, seed=1, name="s").spans(0, 9)]
+)
+def test_an_index_with_too_few_tokens_ends(tmp_path: Path, read: Callable[[IndexedReader], Spans]) -> None:
+    """Lengths that do not sum to the .bin, as a damaged index has them, must not be searched for ever."""
+    prefix = write_tokens(tmp_path / "c", [[1, 2, 3], [4, 5], [6, 7, 8, 9]])
+    with open(prefix + ".idx", "r+b") as file:
+        file.seek(HEADER.size)
+        file.write(np.array([1], "<i4").tobytes())
+    with pytest.raises(ValueError, match=r"c\.idx: its documents hold fewer than the 9 tokens"):
+        read(IndexedReader(prefix))

@@ -60,6 +60,7 @@ class IndexedReader:
         self.num_tokens = self._check_tokens()
         self.num_documents = max(0, borders - 1)
         self._one_each = borders == sequences + 1
+        self._check_borders()
         self.tokens: NDArray[Any] = _map(Path(self.prefix + ".bin"), self.dtype, self.num_tokens, 0)
 
     def _check_tokens(self) -> int:
@@ -79,6 +80,16 @@ class IndexedReader:
             )
         return end // self.dtype.itemsize
 
+    def _check_borders(self) -> None:
+        """Megatron's builder writes sequences behind the last end_document() into no document at all."""
+        ends = self._first_token(self._borders[[0, -1]]).tolist() if len(self._borders) else [0, 0]
+        if ends != [0, self.num_tokens]:
+            raise ValueError(
+                f"{self.prefix}.idx: its documents hold tokens {ends[0]} to {ends[1]} of the "
+                f"{self.num_tokens} in {self.prefix}.bin; end every document, the last one too (end_document() of "
+                "Megatron's builder), and write the index again"
+            )
+
     def __len__(self) -> int:
         return self.num_documents
 
@@ -90,6 +101,8 @@ class IndexedReader:
         return begin, self._first_token(self._borders[documents + 1]) - begin
 
     def _first_token(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        if not len(self._pointers):
+            return np.zeros_like(sequences)
         last = len(self._pointers) - 1
         inside = self._pointers[np.minimum(sequences, last)] // self.dtype.itemsize
         return np.where(sequences <= last, inside, self.num_tokens)
