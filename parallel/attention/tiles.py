@@ -119,7 +119,9 @@ def _segments(runs: Sequence[tuple[int, int]], spans: Spans) -> Iterator[_Group]
 def _group_small(segments: Iterable[_Group]) -> Iterator[_Group]:
     held: _Group | None = None
     for segment in segments:
-        if held and held.end == segment.key_start and segment.end - held.key_start <= _SMALL:
+        # The next document, and its very beginning: in a later span a document may have begun long before.
+        follows = held is not None and held.end == segment.start == segment.key_start
+        if held and follows and segment.end - held.key_start <= _SMALL:
             held = replace(held, end=segment.end, documents=held.documents + 1)
             continue
         if held:

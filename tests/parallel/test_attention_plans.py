@@ -1,10 +1,13 @@
 """What attention leaves out: tiles of documents and windows, blocks of the ring."""
 
+import random
+
+import pytest
 import torch
 
 from parallel.attention.mask import PlanCache, document_runs, visible
 from parallel.attention.ring import _plan as plan_ring
-from parallel.attention.tiles import Plan, plan_tiles
+from parallel.attention.tiles import Plan, Spans, plan_tiles
 from parallel.context import context_spans
 
 CPU = torch.device("cpu")
@@ -56,6 +59,52 @@ def test_tiles_of_context_ranks_cover_each_query_once() -> None:
         for position in range(tile.start, tile.end)
     ]
     assert sorted(covered) == list(range(96))
+
+
+def _seen(plan: Plan, row: int, spans: Spans, length: int) -> torch.Tensor:
+    """What the tiles of a row let the queries of the spans see of all keys; the tiles must follow them."""
+    wanted = [position for span in spans for position in range(*span)]
+    seen = torch.zeros(len(wanted), length, dtype=torch.bool)
+    done = 0
+    for tile in plan[row if len(plan) > 1 else 0]:
+        queries, keys = tile.end - tile.start, tile.end - tile.key_start
+        assert wanted[done : done + queries] == list(range(tile.start, tile.end))
+        mask = torch.ones(queries, queries, dtype=torch.bool).tril() if tile.mask is None else tile.mask
+        assert mask.shape == (queries, keys)
+        seen[done : done + queries, tile.key_start : tile.end] = mask
+        done += queries
+    assert done == len(wanted)
+    return seen
+
+
+def _check_all_ranks(documents: torch.Tensor, ranks: int, window: int | None) -> None:
+    length = documents.size(1)
+    positions = torch.arange(length)
+    for rank in range(ranks):
+        spans = context_spans(length, rank, ranks)
+        plan = plan_tiles(documents, spans, window, CPU)
+        own = torch.cat([positions[slice(*span)] for span in spans])
+        for row, numbers in enumerate(documents):
+            exact = visible(own, positions, window, query_documents=numbers[own], key_documents=numbers)
+            assert torch.equal(_seen(plan, row, spans, length), exact)
+
+
+def test_a_document_begun_before_the_late_span_is_not_grouped_with_the_early_one() -> None:
+    _check_all_ranks(_documents([19, 29, 33, 47]), 4, None)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tiles_hold_each_query_once_with_its_keys(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(25):
+        ranks = draw.choice([1, 2, 3, 4, 8])
+        length = 2 * ranks * draw.choice([1, 3, 8, 16, 24])
+        window = draw.choice([None, 0, 5, 40, length])
+        rows = []
+        for _ in range(draw.choice([1, 2])):
+            borders = sorted(draw.sample(range(1, length), draw.randint(0, min(12, length - 1))))
+            rows.append(torch.bucketize(torch.arange(length), torch.tensor(borders), right=True))
+        _check_all_ranks(torch.stack(rows).int(), ranks, window)
 
 
 def test_ring_ranks_have_the_same_work() -> None:
