@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from parallel.timeout import TIMEOUT_MINUTES
+
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
-
-TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for a rank that does not come."""
 
 
 def start_process_group(
@@ -30,6 +30,7 @@ def start_process_group(
     import torch
     import torch.distributed as dist
 
+    _allow_many_sockets()
     torch.set_num_threads(threads)
     if device is not None:
         torch.cuda.set_device(device)
@@ -38,5 +39,15 @@ def start_process_group(
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=TIMEOUT,
+        timeout=timedelta(minutes=TIMEOUT_MINUTES),
     )
+
+
+def _allow_many_sockets() -> None:
+    """Raise the limit of open files as far as it goes: gloo opens a socket to every rank of every group.
+
+    That makes several times the number of ranks, and the usual limit is 1024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

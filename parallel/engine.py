@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,6 @@ from parallel.naming import NamedParameter, name_parameters
 from parallel.optimizer_state import get_step, prepare_state, set_step, state_slices
 from parallel.slices import TensorSlice
 from parallel.specs import Backend, block_spec, choose_backend
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -133,6 +131,21 @@ class Engine:
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self._clip, total_norm=gradient_norm)
         self.optimizer.step_with_ready_grads()
+
+    @contextlib.contextmanager
+    def without_reduction(self) -> Iterator[None]:
+        """Backward passes inside leave in the gradient buffers what this rank's micro-batches alone make."""
+        config = self.config
+        hooks = (config.finalize_model_grads_func, config.grad_sync_func)
+        config.finalize_model_grads_func = lambda *_, **__: None
+        config.grad_sync_func = None
+        try:
+            with contextlib.ExitStack() as stack:
+                for chunk in self.wrapped:
+                    stack.enter_context(chunk.no_sync())
+                yield
+        finally:
+            config.finalize_model_grads_func, config.grad_sync_func = hooks
 
     def non_finite_gradients(self) -> list[str]:
         """Logical names of this rank's parameters whose gradient has a NaN or an infinity, each once."""

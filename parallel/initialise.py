@@ -1,7 +1,8 @@
 """Initial weights that do not depend on the layout.
 
-Each logical tensor is drawn whole, on the host, from a generator seeded by (seed, logical name), and every
-rank keeps its boxes: TP1 PP1 and TP4 PP2 start as the same model, bit for bit, on CPU and on GPUs.
+Each logical tensor is drawn on the host in panels of rows, each from a generator seeded by (seed, logical
+name, panel); every rank draws the panels that it needs and keeps its boxes. TP1 PP1 and TP4 PP2 start as the
+same model, bit for bit, on CPU and on GPUs.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 
 from parallel.naming import Block, NamedParameter, Shape
 
+PANEL_ROWS = 1024  # so few that ranks share the drawing, so many that a draw costs more than its generator
+
 Draw = Callable[[str, Shape, torch.Generator], torch.Tensor]
 
 
-def generator_for(seed: int, name: str) -> torch.Generator:
-    """A host generator that depends on the seed and the logical name only."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+def generator_for(seed: int, name: str, panel: int) -> torch.Generator:
+    """A host generator that depends on the seed, the logical name and the panel only."""
+    digest = hashlib.blake2b(f"{seed}/{name}/{panel}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -56,8 +59,24 @@ def initialise(named: Iterable[NamedParameter], seed: int, draw: Draw) -> None:
     for entry in named:
         for block in entry.blocks:
             wanted.setdefault(block.name, []).append((entry.parameter.data, block))
-    for name, places in wanted.items():  # one logical tensor in memory at a time
-        whole = draw(name, places[0][1].shape, generator_for(seed, name))
-        for data, block in places:
-            box = tuple(slice(o, o + s) for o, s in zip(block.offset, block.size, strict=True))
-            block.view(data).copy_(whole[box])
+    for name, places in wanted.items():
+        for first in range(0, places[0][1].shape[0], PANEL_ROWS):
+            _fill_panel(name, first, places, seed, draw)
+
+
+def _fill_panel(
+    name: str, first: int, places: list[tuple[torch.Tensor, Block]], seed: int, draw: Draw
+) -> None:
+    """Draw the rows of a logical tensor from `first` on, if this rank holds any, and keep what it holds."""
+    rows, *rest = places[0][1].shape
+    last = min(rows, first + PANEL_ROWS)
+    panel: torch.Tensor | None = None
+    for data, block in places:
+        begin, end = max(first, block.offset[0]), min(last, block.offset[0] + block.size[0])
+        if begin >= end:
+            continue
+        if panel is None:
+            panel = draw(name, (last - first, *rest), generator_for(seed, name, first // PANEL_ROWS))
+        columns = [slice(o, o + s) for o, s in zip(block.offset[1:], block.size[1:], strict=True)]
+        inside = block.view(data)[begin - block.offset[0] : end - block.offset[0]]
+        inside.copy_(panel[(slice(begin - first, end - first), *columns)])

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from parallel import host
 from parallel.layout import Layout
+from parallel.timeout import TIMEOUT_MINUTES
 
 _STREAMS = 10_000  # megatron-core spreads the streams of tensor and expert ranks over a few thousand seeds
 
@@ -91,7 +92,7 @@ class Mesh:
         return tuple(sorted(ranks))
 
 
-def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = 30) -> Mesh:
+def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = TIMEOUT_MINUTES) -> Mesh:
     """Make megatron-core's process groups for `layout`. torch.distributed must be initialised.
 
     Args:
@@ -117,10 +118,3 @@ def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = 30) -> M
 def destroy_mesh() -> None:
     """Forget megatron-core's process groups, so that another layout can be built in this process."""
     ps.destroy_model_parallel()
-
-
-def all_reduce_sum(values: Any, group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """Sum a list of numbers over a group, in double precision."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, group=group)
-    return tensor.tolist()

@@ -8,13 +8,12 @@ import time
 from checkpoint.attempt import SaveError
 from checkpoint.save import Saved
 from trainer.config import RunConfig
-from trainer.data.batch import MicroBatch
 from trainer.data.prefetch import Prefetcher
 from trainer.evaluation import Evaluator
 from trainer.metrics.sink import MetricSink, RunInfo
 from trainer.model.parameters import count_parameters
 from trainer.progress import Progress
-from trainer.session import Session, open_session, saved_sentence
+from trainer.session import Session, StepBatches, open_session, saved_sentence
 from trainer.step import NonFiniteError, train_step
 
 
@@ -51,7 +50,7 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
 
 
 def _step(
-    session: Session, prefetcher: Prefetcher[list[MicroBatch]], progress: Progress, sink: MetricSink
+    session: Session, prefetcher: Prefetcher[StepBatches], progress: Progress, sink: MetricSink
 ) -> None:
     config = session.config
     began = time.monotonic()
@@ -59,7 +58,8 @@ def _step(
     try:
         report = train_step(
             session.engine,
-            batches,
+            batches.micro_batches,
+            tokens=batches.tokens,
             lr=session.schedule.lr(session.step, session.anchor),
             source_names=session.stream.source_names,
             document_mask=config.data.document_mask,
@@ -71,7 +71,7 @@ def _step(
     seconds = time.monotonic() - began
     progress.add(report, seconds)
     if session.step % config.metrics.every == 0 or session.step == config.train.steps:
-        sink.step(progress.record(report, batches, seconds))
+        sink.step(progress.record(report, batches.micro_batches, seconds))
     _report_save(sink, session.saver.poll())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,13 @@ from trainer.model.transformer import Execution
 from trainer.precision import accelerator_here, fp8_refusal
 from trainer.schedule import Anchor, Schedule
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class StepBatches:
+    """A data rank's share of a global batch, and the sum of the loss weights of the whole of it."""
+
+    micro_batches: list[MicroBatch]
+    tokens: int
 
 
 @dataclass
@@ -57,14 +62,15 @@ class Session:
     resumed: bool
     lineage: list[dict[str, Any]]
 
-    def batches(self, step: int) -> list[MicroBatch]:
-        """This data rank's micro-batches of `step`."""
-        return self.stream.micro_batches(
+    def batches(self, step: int) -> StepBatches:
+        """This data rank's micro-batches of `step`, and the tokens of all ranks'."""
+        micro_batches = self.stream.micro_batches(
             step,
             data_rank=self.mesh.data_rank,
             data_size=self.mesh.data,
             micro_batch=self.config.train.micro_batch,
         )
+        return StepBatches(micro_batches, self.stream.valid_tokens(step))
 
     def save(self) -> None:
         """Save a checkpoint of the steps done so far, in the background where the run file allows it."""

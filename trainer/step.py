@@ -51,14 +51,19 @@ def train_step(
     *,
     lr: float,
     source_names: Sequence[str],
+    tokens: float | None = None,
     document_mask: bool = True,
 ) -> StepReport:
     """Make one update from this data rank's micro-batches of a global batch.
 
+    Args:
+        tokens: sum of the loss weights of the global batch; counted over the data ranks when not known.
+
     Raises:
         NonFiniteError: before the update, so that weights and moments stay as they were.
     """
-    tokens = sum_over_data(engine, sum(float(batch.loss_weights.sum()) for batch in batches))
+    if tokens is None:
+        tokens = sum_over_data(engine, sum(float(batch.loss_weights.sum()) for batch in batches))
     if tokens <= 0:
         raise ValueError(
             "the global batch has no token that counts in the loss: check the data's loss weights"
@@ -66,12 +71,12 @@ def train_step(
     engine.zero_grad()
     engine.scale_loss(1.0 / tokens)
     reports = run_micro_batches(engine, batches, token_loss(len(source_names)), document_mask=document_mask)
+    norm = engine.gradient_norm()  # before the first look at a loss, which waits for the device
     total = mean_losses(sum_reports(engine, reports, (len(source_names), 2)))
     if not math.isfinite(total.loss):
         raise NonFiniteError(_where_loss(engine, reports, source_names))
-    norm = engine.gradient_norm()
     if not math.isfinite(norm):
-        raise NonFiniteError(_where_gradient(engine, norm))
+        raise NonFiniteError(_where_gradient(engine, batches, source_names, norm))
     engine.update(lr, norm)
     return StepReport(total.loss, total.tokens, total.by_source, norm, lr)
 
@@ -99,26 +104,51 @@ def _ratio(total: float, weight: float) -> float:
 
 
 def _where_loss(engine: Engine, reports: Sequence[torch.Tensor], source_names: Sequence[str]) -> str:
-    mine = [
-        f"rank {engine.mesh.rank} (data rank {engine.mesh.data_rank}), micro-batch {index}, "
-        f"source {source_names[source]!r}"
+    bad = [
+        (index, source)
         for index, report in enumerate(reports)
         for source in range(len(source_names))
         if not math.isfinite(float(report[source, 0]))
     ]
-    places = [text for text in gather_texts("; ".join(mine)) if text]
+    mine = ""
+    if bad and engine.mesh.tensor_rank == 0:  # tensor ranks have the same losses
+        index, source = bad[0]
+        mine = f"{_me(engine)}, micro-batch {index}, source {source_names[source]!r}"
     return (
-        f"the loss is not finite, first seen on {'; '.join(places)}. Nothing was updated: resume from the "
-        "last checkpoint with a lower optimizer.lr, or look at that batch"
+        f"the loss is not finite, first seen on {_listed(gather_texts(mine))}. Nothing was updated: resume "
+        "from the last checkpoint with a lower optimizer.lr, or look at that batch"
     )
 
 
-def _where_gradient(engine: Engine, norm: float) -> str:
+def _where_gradient(
+    engine: Engine, batches: Sequence[Batch], source_names: Sequence[str], norm: float
+) -> str:
+    """Name the parameters, and the micro-batches that make them so: each runs again, without the others."""
     names = engine.non_finite_gradients()
-    mine = f"rank {engine.mesh.rank}: {', '.join(names[:3])}" if names else ""
-    places = [text for text in gather_texts(mine) if text]
+    holders = f"rank {engine.mesh.rank}: {', '.join(names[:3])}" if names else ""
+    causes = []
+    if not engine.mesh.layout.virtual_pipeline:  # interleaving runs no single micro-batch
+        for index, batch in enumerate(batches):
+            with engine.without_reduction():
+                engine.zero_grad()
+                run_micro_batches(engine, [batch], token_loss(len(source_names)))
+            if engine.non_finite_gradients():
+                sources = ", ".join(repr(source_names[source]) for source in batch.sources.unique().tolist())
+                causes.append(f"{_me(engine)}, micro-batch {index}, source {sources}")
+    found = _listed(gather_texts(causes[0] if causes else ""))
     return (
-        f"the gradient norm is {norm} though the loss is finite, on "
-        f"{'; '.join(places) or 'no single parameter'}. Nothing was updated: resume from the last checkpoint "
-        "with a lower optimizer.lr"
+        f"the gradient norm is {norm} though the loss is finite. Made by {found}; "
+        f"seen in {_listed(gather_texts(holders))}. Nothing was updated: resume from the last checkpoint "
+        "with a lower optimizer.lr, or look at that batch"
     )
+
+
+def _me(engine: Engine) -> str:
+    return f"rank {engine.mesh.rank} (data rank {engine.mesh.data_rank})"
+
+
+def _listed(texts: Sequence[str], most: int = 3) -> str:
+    """The first texts that say something, and how many more there are."""
+    said = [text for text in texts if text]
+    more = f" and {len(said) - most} more" if len(said) > most else ""
+    return ("; ".join(said[:most]) or "no single rank") + more

@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 
-from parallel.initialise import generator_for, normal_draw
+from parallel.initialise import PANEL_ROWS, generator_for, initialise, normal_draw
+from parallel.naming import Block, NamedParameter
 from parallel.layout import Layout
 from parallel.slices import TensorSlice
 from tests.proof.gather import Wholes, copy_slices, different, whole_tensors
@@ -47,7 +48,7 @@ def test_a_weight_is_its_draw_by_name(name: str) -> None:
     draw = normal_draw(architecture.init_std, architecture.num_layers)
     for (logical, state), whole in weights(name).items():
         if state == "weight":
-            drawn = draw(logical, tuple(whole.shape), generator_for(1, logical))
+            drawn = draw(logical, tuple(whole.shape), generator_for(1, logical, 0))
             assert torch.equal(whole, drawn.to(whole.dtype)), logical
 
 
@@ -87,7 +88,7 @@ def test_no_two_tensors_are_alike() -> None:
     ],
 )
 def test_output_projections_start_smaller(name: str, deviation: float) -> None:
-    drawn = normal_draw(0.02, 64)(name, (400, 300), generator_for(0, name))
+    drawn = normal_draw(0.02, 64)(name, (400, 300), generator_for(0, name, 0))
     # The deviation of n samples has a relative error of 1 / sqrt(2 n) = 0.2 %; five of them.
     assert float(drawn.std()) == pytest.approx(deviation, rel=0.01)
     assert abs(float(drawn.mean())) < 5 * deviation / 120_000**0.5
@@ -104,5 +105,24 @@ def test_output_projections_start_smaller(name: str, deviation: float) -> None:
     ],
 )
 def test_norms_start_at_one_and_biases_at_zero(name: str, value: float) -> None:
-    drawn = normal_draw(0.02, 4)(name, (5,), generator_for(0, name))
+    drawn = normal_draw(0.02, 4)(name, (5,), generator_for(0, name, 0))
     assert torch.equal(drawn, torch.full((5,), value))
+
+
+def test_panels_do_not_show_in_the_shares_of_ranks() -> None:
+    shape = (2 * PANEL_ROWS + 300, 6)
+
+    def share(offset: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+        parameter = torch.nn.Parameter(torch.empty(size))
+        block = Block("model.embed_tokens.weight", shape, offset, size, 0)
+        initialise([NamedParameter("x", parameter, (block,), "tensor")], 7, normal_draw(0.02, 2))
+        return parameter.data
+
+    whole = share((0, 0), shape)
+    assert whole.std() == pytest.approx(0.02, rel=0.05)
+    assert len({float(x) for x in whole[::PANEL_ROWS, 0]}) == 3, "panels draw different numbers"
+    half = PANEL_ROWS + 150
+    for rows in (slice(0, half), slice(half, 2 * half)):
+        for columns in (slice(0, 2), slice(2, 6)):
+            size = (half, columns.stop - columns.start)
+            assert torch.equal(share((rows.start, columns.start), size), whole[rows, columns])

@@ -132,6 +132,41 @@ def test_a_gradient_names_rank_and_parameter(name: str) -> None:
     assert message.count("model.layers.") == message.count(PLANTED)
 
 
+def gradient_of_one_sequence(world: World) -> Stopped:
+    """The loss is finite, but the backward pass of the one sequence that has a rare token makes a NaN."""
+    engine = build(world)
+    step(engine, 0)
+
+    def spoil(_module: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if (inputs[0] == RARE).any() and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.nan)
+
+    handles = [
+        chunk.embedding.word_embeddings.register_forward_hook(spoil)
+        for chunk in engine.chunks
+        if chunk.pre_process
+    ]
+    found = attempt(engine, [without_rare(engine, part, n) for n, part in enumerate(batches(engine, 1))])
+    for handle in handles:
+        handle.remove()
+    return Stopped(*found, next_loss=step(engine, 1).loss)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, world in WORLDS.items() if not world.layout.virtual_pipeline]
+)
+def test_a_gradient_names_the_micro_batch_that_makes_it(name: str) -> None:
+    world = WORLDS[name]
+    data = world.layout.data(world.ranks)
+    for stopped in run_ranks(gradient_of_one_sequence, world.ranks, world):
+        assert stopped.error == "NonFiniteError"
+        assert stopped.unchanged
+        assert torch.isfinite(torch.tensor(stopped.next_loss)), "looking for the cause left nothing behind"
+        place = f"(data rank {BAD % data}), micro-batch {BAD // data}, source 'odd'"
+        assert place in stopped.message
+        assert stopped.message.count("micro-batch") == stopped.message.count(place), "and no other place"
+
+
 def no_valid_token(world: World) -> tuple[str, str, bool]:
     engine = build(world)
     parts = [

@@ -40,7 +40,7 @@ class Fed:
 def feed(config: RunConfig) -> Fed:
     session, _ = open_session(config)
     steps = range(session.step, session.step + STEPS)
-    sequences = [Counter(rows(session.batches(step))) for step in steps]
+    sequences = [Counter(rows(session.batches(step).micro_batches)) for step in steps]
     session.saver.close()
     destroy_mesh()
     return Fed(session.mesh.data_rank, sequences, run(config))

@@ -164,7 +164,6 @@ def _layout(layout: Layout) -> dict[str, Any]:
         sequence_parallel=layout.sequence_parallel,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=True,
         variable_seq_lengths=False,
     )
 
