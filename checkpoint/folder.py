@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import xxhash
 
@@ -178,8 +179,7 @@ def retire(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
     for old in list_complete(folder)[:-keep_last]:
         if keep_every is not None and old.step % keep_every == 0 and old.path.name == step_name(old.step):
             continue
-        if not remove(old.path):
-            _log.info("keeping %s: somebody is reading it", old.path)
+        remove(old.path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -197,23 +197,24 @@ def remove_leftovers(folder: Path) -> None:
         remove(path)
 
 
-def remove(path: Path) -> bool:
+def remove(path: Path) -> None:
     """Remove a checkpoint, its marker first: a kill in the middle leaves nothing that looks complete.
 
-    Returns:
-        False when somebody is reading it: then it stays.
+    It stays, and the log says so, when somebody is reading it or the marker may not be removed.
     """
     try:
-        with open(path / COMPLETE, "rb") as marker:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(path / COMPLETE, "rb+") as marker:
+            if not _lock_alone(marker):
+                _log.info("keeping %s: somebody is reading it", path)
+                return
             (path / COMPLETE).unlink()
             sync_folder(path)
-    except BlockingIOError:
-        return False
     except FileNotFoundError:
         pass  # incomplete anyway
+    except OSError as error:
+        _log.warning("could not remove %s: %s", path, error)
+        return
     shutil.rmtree(path, ignore_errors=True)
-    return True
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -223,13 +224,21 @@ def _steps(folder: Path) -> list[Path]:
         return []
 
 
+def _lock_alone(file: IO[bytes]) -> bool:
+    """Lock a file that is open for writing (NFS asks for that); False when another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
 def _is_locked(path: Path) -> bool:
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
+        with open(path, "rb+") as file:
+            return not _lock_alone(file)
     except OSError:
         return False
 

@@ -8,8 +8,9 @@ import functools
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch.distributed as dist
@@ -203,6 +204,31 @@ def test_a_checkpoint_that_is_being_read_stays(tmp_path: Path) -> None:
         assert steps(tmp_path) == [100, 200]
     save(saver, 300)
     assert steps(tmp_path) == [300]
+
+
+def flock_of_nfs(file: IO[bytes], operation: int) -> None:
+    """Byte-range locks underneath: exclusive ones need a descriptor that may write."""
+    mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+    if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    fcntl.lockf(file, operation)
+
+
+def flock_of_lustre(file: IO[bytes], operation: int) -> None:
+    """Mounted without the option "flock"."""
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+@pytest.mark.parametrize("flock", [flock_of_nfs, flock_of_lustre])
+def test_old_ones_are_removed_on_file_systems_with_other_locks(
+    flock: Callable[[IO[bytes], int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", flock)
+    saver = Saver(tmp_path, keep_last=1)
+    for step in (100, 200, 300):
+        save(saver, step)
+    load(tmp_path, empty_slices(make_tensors(0), ONE, 0))
+    assert os.listdir(tmp_path) == ["step-00000300"]
 
 
 def test_incomplete_folders_do_not_count(tmp_path: Path) -> None:
