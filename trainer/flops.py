@@ -34,9 +34,6 @@ class Flops:
     full: float
     packed: float
 
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(self.causal + other.causal, self.full + other.full, self.packed + other.packed)
-
 
 @functools.cache
 def matrix_parameters(model: Architecture) -> int:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from parallel.initialise import PANEL_ROWS, generator_for, initialise, normal_draw
-from parallel.naming import Block, NamedParameter
 from parallel.layout import Layout
+from parallel.naming import Block, NamedParameter
 from parallel.slices import TensorSlice
 from tests.proof.gather import Wholes, copy_slices, different, whole_tensors
 from tests.proof.worlds import World, build
