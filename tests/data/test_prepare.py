@@ -1,5 +1,7 @@
 """Text files to .bin/.idx."""
 
+import errno
+import fcntl
 import gzip
 import json
 import multiprocessing
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import zstandard
@@ -253,3 +256,31 @@ def test_two_runs_for_one_output_do_not_mix(tmp_path: Path, lines: str) -> None:
 
     prepare(PrepareOptions((lines,), str(tmp_path / "out")), second)
     assert len(IndexedReader(tmp_path / "out")) == 120
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, lines: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The refusal itself is put in its place: no file system here refuses."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert run(tmp_path, lines).documents == 120
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.bin", "out.idx", "out.json"]
+
+
+def test_the_lock_is_on_a_file_open_for_writing(
+    tmp_path: Path, lines: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS grants an exclusive lock on nothing else (flock(2), NFS details)."""
+    real = fcntl.flock
+
+    def as_nfs(file: BinaryIO, operation: int) -> None:
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    assert run(tmp_path, lines).documents == 120

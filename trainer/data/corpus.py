@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from checkpoint.folder import write_durably
 from trainer.data.config import DataConfig
 from trainer.data.indexed import IndexedReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,8 +39,8 @@ class Sidecar:
     """The version that prepared them."""
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write it as JSON, safely on the disk."""
+        write_durably(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
 def read_sidecar(prefix: str) -> Sidecar | None:

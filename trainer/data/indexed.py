@@ -86,8 +86,8 @@ class IndexedReader:
         if ends != [0, self.num_tokens]:
             raise ValueError(
                 f"{self.prefix}.idx: its documents hold tokens {ends[0]} to {ends[1]} of the "
-                f"{self.num_tokens} in {self.prefix}.bin; end every document, the last one too (end_document() of "
-                "Megatron's builder), and write the index again"
+                f"{self.num_tokens} in {self.prefix}.bin; end every document, the last one too "
+                "(end_document() of Megatron's builder), and write the index again"
             )
 
     def __len__(self) -> int:

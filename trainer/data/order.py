@@ -106,8 +106,8 @@ class _Epoch:
         count = len(self._corpus)
         if first_block * BLOCK >= count:
             raise ValueError(
-                f"{self._corpus.prefix}.idx: its documents hold fewer than the "
-                f"{self._corpus.num_tokens} tokens of the .bin; the index is damaged, copy or prepare both again"
+                f"{self._corpus.prefix}.idx: its documents hold fewer than the {self._corpus.num_tokens} "
+                "tokens of the .bin; the index is damaged, copy or prepare both again"
             )
         places = np.arange(first_block * BLOCK, min(last_block * BLOCK, count), dtype=np.int64)
         return places if self._key is None else permute(places, count, self._key)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint.folder import write_durably
 from trainer.data.documents import BadRecord, find_inputs, parse, read_chunks
 
 EOD = "<|endoftext|>"
@@ -69,7 +68,8 @@ def train_bpe(
         bad = ", ".join(f"{count} {reason}" for reason, count in report.bad.items())
         raise ValueError(f"no document in {', '.join(inputs)}" + (f" ({bad})" if bad else ""))
     report.vocab_size = tokenizer.get_vocab_size()
-    _write(Path(output), tokenizer.to_str(pretty=True))
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_durably(Path(output), tokenizer.to_str(pretty=True).encode())
     return report
 
 
@@ -95,18 +95,3 @@ def _texts(
         report.text_bytes += sum(len(text.encode()) for text in texts)
         on_progress(report)
         yield texts
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,12 +15,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoint.folder import sync_folder
 from trainer.data.corpus import Sidecar, read_sidecar
 from trainer.data.indexed import write_index
 from trainer.data.tokenizer import Tokenizer
 
 SUFFIXES = (".bin", ".json", ".idx")
 """In the order in which they appear: nothing opens a corpus that has no .idx."""
+LOCK = "WRITING"
+
+logger = logging.getLogger(__name__)
 
 
 class OutputFolder:
@@ -38,21 +44,24 @@ class OutputFolder:
             read_sidecar(prefix)  # somebody else's PREFIX.json is not ours to replace
         self._prefixes = [Path(prefix) for prefix in prefixes]
         self.path = self._prefixes[0].with_name(f".{self._prefixes[0].name}.partial")
-        self._lock = -1
+        self._lock: BinaryIO
 
     def __enter__(self) -> OutputFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
+        self._lock = open(self.path / LOCK, "wb")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
+        except BlockingIOError:
+            self._lock.close()
             raise ValueError(
                 f"another process is writing {self._prefixes[0]}; wait for it, or end it"
-            ) from error
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.info("%s cannot be locked (%s): start nothing else with this output", self.path, error)
         for leftover in self.path.iterdir():
-            leftover.unlink()
+            if leftover.name != LOCK:
+                leftover.unlink()
         return self
 
     def publish(self) -> None:
@@ -62,11 +71,13 @@ class OutputFolder:
         for prefix in self._prefixes:
             for suffix in SUFFIXES:
                 os.replace(self.path / (prefix.name + suffix), f"{prefix}{suffix}")
-        _sync(self.path.parent)
+        sync_folder(self.path.parent)
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path)
-        os.close(self._lock)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+        with suppress(OSError):  # NFS keeps a file that is open, and so its folder, until here
+            self.path.rmdir()
 
 
 class PairWriter:
@@ -117,9 +128,3 @@ def _close(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
