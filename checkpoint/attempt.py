@@ -36,6 +36,7 @@ class Attempt:
     Attributes:
         folder: of all checkpoints of the run, on a file system that all ranks share.
         key: the same on all ranks, and different for every attempt.
+        run: of which the save is a part; see `Saver`.
         deadline: seconds to wait for other ranks.
         published: whether this rank's file is rank 0's to use, hence not to be removed any more.
     """
@@ -43,6 +44,7 @@ class Attempt:
     folder: Path
     step: int
     key: str
+    run: str
     rank: int
     world_size: int
     deadline: float
@@ -120,7 +122,8 @@ class Attempt:
     def commit(self, manifest: bytes) -> None:
         """Rank 0: turn the partial folder into the complete checkpoint of its step.
 
-        One of the same step is replaced; under another name it counts until the marker is written.
+        One of the same step is replaced: under another name it counts until the marker is written, and
+        stays if another run had saved it.
         """
         for entry in os.scandir(self.partial):
             if entry.name.endswith(".json"):
@@ -128,14 +131,16 @@ class Attempt:
         on_disk.write_durably(self.partial / MANIFEST, manifest)
         replaced = None
         if self.final.exists():
-            replaced = self.folder / f"{self.final.name}.replaced-{self.key}"
+            old = on_disk.read_marker(self.final)
+            is_foreign = old is not None and old.run != self.run
+            replaced = self.folder / f"{self.final.name}.{'kept' if is_foreign else 'replaced'}-{self.key}"
             os.rename(self.final, replaced)
         os.rename(self.partial, self.final)
         on_disk.sync_folder(self.folder)
-        on_disk.mark_complete(self.final, self.step, self.key)
+        on_disk.mark_complete(self.final, self.step, self.key, run=self.run)
         with suppress(OSError):
             (self.final / on_disk.WRITING).unlink()
-            if replaced is not None:
+            if replaced is not None and not is_foreign:
                 on_disk.remove(replaced)
 
     def await_commit(self) -> None:

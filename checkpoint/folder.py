@@ -3,6 +3,8 @@
     checkpoints/
         step-00000100/              manifest.json, rank-00000.safetensors ..., COMPLETE
         step-00000200.partial-X/    a save under way, or one that was killed; WRITING is locked by its rank 0
+        step-00000100.replaced-X/   counts until the same run's new save of that step does
+        step-00000100.kept-X/       complete; another run had saved that step into this folder before
 
 A checkpoint counts when it has COMPLETE, which is written last, after everything else is on the disk.
 """
@@ -45,6 +47,7 @@ class Complete:
     path: Path
     save: str  # names the save that wrote it
     manifest_hash: str
+    run: str = ""  # names the run that saved it, which alone may remove it
 
 
 def step_name(step: int) -> str:
@@ -72,11 +75,11 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def mark_complete(path: Path, step: int, save: str) -> None:
+def mark_complete(path: Path, step: int, save: str, *, run: str) -> None:
     """Write the marker that makes the folder count, as the newest of its siblings."""
     sequence = 1 + max((other.sequence for other in list_complete(path.parent)), default=0)
     digest = xxhash.xxh3_64_hexdigest((path / MANIFEST).read_bytes())
-    marker = {"step": step, "sequence": sequence, "save": save, "manifest": digest}
+    marker = {"step": step, "sequence": sequence, "save": save, "manifest": digest, "run": run}
     write_durably(path / COMPLETE, json.dumps(marker).encode())
 
 
@@ -84,7 +87,8 @@ def read_marker(path: Path) -> Complete | None:
     """What COMPLETE says; None when there is no whole one."""
     try:
         marker = json.loads((path / COMPLETE).read_bytes())
-        return Complete(marker["sequence"], marker["step"], path, marker["save"], marker["manifest"])
+        facts = (marker["sequence"], marker["step"], path, marker["save"], marker["manifest"])
+        return Complete(*facts, marker.get("run", ""))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -174,9 +178,13 @@ def writing(path: Path) -> Iterator[None]:
         yield
 
 
-def retire(folder: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Remove complete checkpoints, save the last `keep_last` and those of every `keep_every`-th step."""
-    for old in list_complete(folder)[:-keep_last]:
+def retire(folder: Path, run: str, *, keep_last: int, keep_every: int | None) -> None:
+    """Remove a run's complete checkpoints, save its last `keep_last` and those of every `keep_every`-th step.
+
+    Those of other runs stay, and so do those that somebody has given a name of his own.
+    """
+    own = [old for old in list_complete(folder) if old.run == run and _is_named_by_us(old)]
+    for old in own[:-keep_last]:
         if keep_every is not None and old.step % keep_every == 0 and old.path.name == step_name(old.step):
             continue
         remove(old.path)
@@ -188,8 +196,7 @@ def remove_leftovers(folder: Path) -> None:
     for path in _steps(folder):
         marker = read_marker(path)
         if marker is not None:
-            replaced = path.name != step_name(marker.step) and marker.step in complete
-            if not replaced:
+            if ".replaced-" not in path.name or marker.step not in complete:
                 continue
         elif _is_being_written(path):
             continue
@@ -215,6 +222,10 @@ def remove(path: Path) -> None:
         _log.warning("could not remove %s: %s", path, error)
         return
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_named_by_us(found: Complete) -> bool:
+    return found.path.name == step_name(found.step) or ".replaced-" in found.path.name
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -37,6 +37,7 @@ class LoadedState:
 
     Attributes:
         path: the step folder that was read.
+        run_id: of the run that saved it: a `Saver` that goes on with this run takes it.
         state: as it was saved, see `Manifest`.
         same_layout: whether the checkpoint was saved on the layout that reads it.
         rank_state: this rank's bytes; empty unless `same_layout`.
@@ -47,6 +48,7 @@ class LoadedState:
     """
 
     path: Path
+    run_id: str | None
     step: int
     state: Mapping[str, Any]
     same_layout: bool
@@ -86,7 +88,7 @@ def load(
     """
     begin = time.monotonic()
     rank = peers.own_rank() if rank is None else rank
-    folder, manifest = _open(path)
+    folder, manifest, run_id = _open(path)
     with reading(folder):
         selection = select(manifest, slices, weights_only=weights_only)
         problems = selection.problems + _unexpected(manifest, slices)
@@ -106,6 +108,7 @@ def load(
     _log.debug("loaded %s: read %.1f MB in %.2f s", folder, report.read / 1e6, seconds)
     return LoadedState(
         path=folder,
+        run_id=run_id,
         step=manifest.step,
         state=manifest.state,
         same_layout=_is_same(manifest, layout),
@@ -118,8 +121,8 @@ def load(
     )
 
 
-def _open(path: Path | str) -> tuple[Path, Manifest]:
-    """The manifest; a rank that cannot read it (a folder that is not shared) stops them all."""
+def _open(path: Path | str) -> tuple[Path, Manifest, str | None]:
+    """Folder, manifest and run; a rank that cannot read it (a folder that is not shared) stops them all."""
     found: tuple[Path, Manifest] | None = None
     problems = []
     try:
@@ -133,7 +136,7 @@ def _open(path: Path | str) -> tuple[Path, Manifest]:
     if len(chosen) > 1:
         listed = ", ".join(sorted(chosen.values()))
         raise ValueError(f"ranks would load different checkpoints: {listed}. {_UNTOUCHED}")
-    return found
+    return *found, marker.run or None if marker else None
 
 
 def _summary(selection: Selection, slices: Sequence[TensorSlice]) -> tuple[dict[str, str], tuple[str, ...]]:

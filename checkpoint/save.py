@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +63,16 @@ class Saver:
         keep_last: int = 2,
         keep_every: int | None = None,
         background: bool = True,
+        run_id: str | None = None,
     ) -> None:
         """
         Args:
             folder: made when the first checkpoint is saved.
-            keep_last: so many checkpoints stay, the last saved.
+            keep_last: so many checkpoints of this run stay, the last saved.
             keep_every: checkpoints of steps divisible by this stay for ever.
             background: write in a thread; False writes inside `save`.
+            run_id: of the run that goes on, as `LoadedState.run_id` says; None begins one. Checkpoints of
+                other runs in the folder are never removed.
         """
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep_last = {keep_last}, keep_every = {keep_every}: both must be at least 1")
@@ -87,6 +89,9 @@ class Saver:
             )
             session = peers.gather(session)[0]
         self._session = session  # tells this run's partial folders from those that a killed run left
+        self._run_id = run_id or session
+        if rank == 0:
+            self._name_foreign()
         self._num_saves = 0
         self._host_copy = HostCopy()
         self._thread: threading.Thread | None = None
@@ -116,7 +121,9 @@ class Saver:
         self.wait()
         self._num_saves += 1
         key = f"{self._session}-{self._num_saves}"
-        attempt = Attempt(self.folder, step, key, self.rank, self.world_size, self.deadline_seconds)
+        attempt = Attempt(
+            self.folder, step, key, self._run_id, self.rank, self.world_size, self.deadline_seconds
+        )
         versions = library_versions() | dict(state.get("versions", {}))
         frozen = json.loads(json.dumps({**state, "versions": versions}))
         try:
@@ -199,7 +206,7 @@ class Saver:
             else:
                 attempt.await_commit()
         if self.rank == 0:
-            self._tidy(partial(on_disk.retire, keep_last=self._keep_last, keep_every=self._keep_every))
+            self._tidy(self._retire)
         return Saved(
             path=attempt.final,
             step=attempt.step,
@@ -214,6 +221,14 @@ class Saver:
             work(self.folder)
         except OSError as error:
             _log.warning("could not remove an old checkpoint in %s: %s", self.folder, error)
+
+    def _name_foreign(self) -> None:
+        foreign = [old.path.name for old in on_disk.list_complete(self.folder) if old.run != self._run_id]
+        if foreign:
+            _log.info("%s holds checkpoints of other runs, which stay: %s", self.folder, ", ".join(foreign))
+
+    def _retire(self, folder: Path) -> None:
+        on_disk.retire(folder, self._run_id, keep_last=self._keep_last, keep_every=self._keep_every)
 
     def _merged(self, job: _Job) -> Manifest:
         """The manifest of the whole from every rank's; refused when a tensor is not covered exactly once."""

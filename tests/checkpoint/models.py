@@ -156,4 +156,4 @@ def save_all_ranks(
 def rewrite(path: Path, manifest: Manifest) -> None:
     """Put this manifest into the checkpoint and mark it complete."""
     (path / MANIFEST).write_bytes(manifest.to_json())
-    mark_complete(path, manifest.step, "test")
+    mark_complete(path, manifest.step, "test", run="test")

@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def save_then_die(folder: Path, second_step: int, operation: int) -> None:
-    saver = Saver(folder, keep_last=1)
+    saver = Saver(folder, keep_last=1, run_id="run")
     saver.save(100, slices_of(tensors(0), Grid(), 0), {})
     saver.wait()
     die_at(operation)
@@ -85,7 +85,7 @@ def restore(folder: str) -> int:
     slices = empty_slices(tensors(0), Grid(1, 1, 2), rank)
     state = load(folder, slices, verify="full")
     assert_equal(slices, slices_of(tensors(0 if state.step == 100 else 1), Grid(1, 1, 2), rank))
-    saver = Saver(folder, rank=rank, world_size=2, keep_last=1)
+    saver = Saver(folder, rank=rank, world_size=2, keep_last=1, run_id=state.run_id)
     saver.save(300, slices, {})
     saver.close()
     return state.step
@@ -116,7 +116,7 @@ def test_one_rank_killed_at_every_operation(second_step: int, folder: Path) -> N
         outcomes.append(new)
         for path in list_unfinished(run):
             os.utime(path, (0, 0))  # a folder without a lock is given some seconds to get it
-        next_one = Saver(run, keep_last=1, background=False)
+        next_one = Saver(run, keep_last=1, background=False, run_id="run")
         next_one.save(300, slices_of(tensors(2), Grid(), 0), {})
         assert list_unfinished(run) == []
         assert sorted(os.listdir(run)) == ["step-00000300"], f"after operation {operation}"

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,41 @@ def test_the_newest_is_the_last_saved_even_after_going_back(tmp_path: Path) -> N
     latest = find_latest(tmp_path)
     assert latest is not None
     assert latest.name == "step-00000250"
+
+
+def test_a_new_run_in_the_same_folder_removes_nothing_of_the_first(tmp_path: Path) -> None:
+    first = Saver(tmp_path, keep_last=2)
+    for step in (100, 200):
+        save(first, step)
+    second = Saver(tmp_path, keep_last=1)
+    for step in (100, 250, 350):
+        save(second, step, seed=1)
+    names = sorted(os.listdir(tmp_path))
+    assert [name[:18] for name in names] == [
+        "step-00000100.kept",
+        "step-00000200",
+        "step-00000350",
+    ]
+    kept = empty_slices(make_tensors(0), ONE, 0)
+    load(tmp_path / names[0], kept, verify="full")
+    assert_equal(kept, slices_of(make_tensors(0), ONE, 0))
+
+
+def test_a_run_that_goes_on_removes_what_it_saved_before(tmp_path: Path) -> None:
+    save(Saver(tmp_path, keep_last=1), 100)
+    loaded = load(tmp_path, empty_slices(make_tensors(0), ONE, 0))
+    save(Saver(tmp_path, keep_last=1, run_id=loaded.run_id), 200)
+    again = load(tmp_path, empty_slices(make_tensors(0), ONE, 0))
+    assert (again.run_id, steps(tmp_path)) == (loaded.run_id, [200])
+
+
+def test_retention_leaves_a_copy_with_a_name_of_its_own(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep_last=1)
+    save(saver, 100)
+    shutil.copytree(tmp_path / "step-00000100", tmp_path / "step-00000100.best")
+    for step in (200, 300):
+        save(saver, step)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000100.best", "step-00000300"]
 
 
 def test_a_checkpoint_that_is_being_read_stays(tmp_path: Path) -> None:
