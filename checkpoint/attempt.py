@@ -5,8 +5,8 @@ Background threads must not enter collectives (the training step is inside other
     rank 0     makes step-N.partial-ID/ and locks WRITING in it; the others wait for that
     each rank  writes rank-R.safetensors, then rank-R.json, which says that it is whole; or rank-R.error
     rank 0     gathers these, writes manifest.json, renames the folder to step-N/, marks it COMPLETE;
-               or writes FAILED
-    the others wait for COMPLETE with this attempt's ID, or FAILED
+               or writes FAILED-ID
+    the others wait for COMPLETE with this attempt's ID, or FAILED-ID
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from checkpoint import folder as on_disk
 from checkpoint.manifest import MANIFEST
 
-FAILED = "FAILED"
+_SLOWEST_POLL = 0.25  # seconds between two looks, for worlds of up to 25 ranks
 
 
 class SaveError(RuntimeError):
@@ -59,6 +59,11 @@ class Attempt:
         return self.folder / on_disk.step_name(self.step)
 
     @property
+    def failed(self) -> str:
+        """Name of rank 0's report: nobody must take an earlier attempt's for this one's."""
+        return f"FAILED-{self.key}"
+
+    @property
     def data_file(self) -> Path:
         return self.partial / f"rank-{self.rank:05d}.safetensors"
 
@@ -86,9 +91,9 @@ class Attempt:
         if not self.published:
             with suppress(OSError):
                 self.data_file.unlink(missing_ok=True)  # on a full disk, makes room for the report
-        path = self.partial / (FAILED if self.rank == 0 else f"rank-{self.rank:05d}.error")
+        path = self.partial / (self.failed if self.rank == 0 else f"rank-{self.rank:05d}.error")
         if self.rank == 0 and not self.partial.exists() and on_disk.read_marker(self.final) is None:
-            path = self.final / FAILED  # it has its name already, but could not be marked complete
+            path = self.final / self.failed  # it has its name already, but could not be marked complete
         text = str(error) if isinstance(error, SaveError) else self.describe(error)
         try:
             path.parent.mkdir(exist_ok=True)
@@ -151,12 +156,14 @@ class Attempt:
         """
 
         def committed() -> bool:
-            there = self.partial.exists()
+            if self.partial.exists():
+                self._raise_failure(self.partial)
+                return False
             marker = on_disk.read_marker(self.final)
             if marker is not None and marker.save == self.key:
                 return True
-            self._raise_failure()
-            if not there and not self.final.exists():
+            self._raise_failure(self.final)
+            if not self.final.exists():
                 raise SaveError(f"saving step {self.step} failed on rank 0: {self.partial} has vanished")
             return False
 
@@ -164,20 +171,22 @@ class Attempt:
         self._wait_for("rank 0 to complete the save", committed, deadline=2 * self.deadline)
 
     def _started(self) -> bool:
-        self._raise_failure()
+        self._raise_failure(self.partial)
         return (self.partial / on_disk.WRITING).exists()
 
-    def _raise_failure(self) -> None:
-        for path in (self.partial / FAILED, self.final / FAILED):
-            with suppress(FileNotFoundError):
-                raise SaveError(path.read_text(encoding="utf-8"))
+    def _raise_failure(self, place: Path) -> None:
+        with suppress(FileNotFoundError):
+            raise SaveError((place / self.failed).read_text(encoding="utf-8"))
 
     def _wait_for(
         self, what: str | Callable[[], str], done: Callable[[], bool], *, deadline: float | None = None
     ) -> None:
         deadline = deadline or self.deadline
         ends = time.monotonic() + deadline
-        pause = 0.001
+        # each look costs 2 or 3 operations of one metadata server: of all ranks together, some 250 a second
+        pause, longest = 0.001 * self.world_size, max(_SLOWEST_POLL, 0.01 * self.world_size)
+        if self.rank == 0:
+            pause, longest = 0.001, _SLOWEST_POLL  # alone
         while not done():
             if time.monotonic() > ends:
                 missing = what if isinstance(what, str) else what()
@@ -185,8 +194,8 @@ class Attempt:
                     f"saving step {self.step} failed: rank {self.rank} waited {deadline:.0f} s "
                     f"for {missing} (do all ranks share the folder {self.folder}?)"
                 )
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.25)  # kind to the metadata server of a parallel file system
+            time.sleep(pause * (0.5 + self.rank / self.world_size))  # not all at the same time
+            pause = min(pause * 1.5, longest)
 
     def describe(self, error: BaseException) -> str:
         """One line for whoever reads the log of another rank."""

@@ -155,16 +155,23 @@ def read_manifest(path: Path | str) -> tuple[Path, Manifest]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Keep retention, in this process or another, from removing the checkpoint meanwhile."""
+def reading(path: Path) -> Iterator[list[str]]:
+    """Keep retention, in this process or another, from removing the checkpoint meanwhile.
+
+    Yields:
+        What is wrong, one line: it was too late. Not raised, since other ranks may have come in time.
+    """
     with ExitStack() as stack:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             marker = stack.enter_context(open(path / COMPLETE, "rb"))
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(marker, fcntl.LOCK_SH)
-        if not (path / COMPLETE).exists():
-            raise ValueError(f"{path} has just been removed by the retention of its run: load a newer one")
-        yield
+        is_there = (path / COMPLETE).exists()
+        yield (
+            []
+            if is_there
+            else [f"{path} has just been removed by the retention of its run: load a newer one"]
+        )
 
 
 @contextmanager

@@ -89,9 +89,9 @@ def load(
     begin = time.monotonic()
     rank = peers.own_rank() if rank is None else rank
     folder, manifest, run_id = _open(path)
-    with reading(folder):
+    with reading(folder) as gone:
         selection = select(manifest, slices, weights_only=weights_only)
-        problems = selection.problems + _unexpected(manifest, slices)
+        problems = gone + selection.problems + _unexpected(manifest, slices)
         _refuse(f"cannot load {folder} into this model", problems, _UNTOUCHED)
         copies, problems = _plan(folder, selection, slices)
         blobs = [blob for blob in manifest.rank_blobs if blob.rank == rank and _is_same(manifest, layout)]
@@ -151,13 +151,18 @@ def _summary(selection: Selection, slices: Sequence[TensorSlice]) -> tuple[dict[
 
 
 def _refuse(title: str, problems: Sequence[str], consequence: str) -> None:
-    """Raise on every rank when any rank has found problems: one error with all of them."""
-    found = dict.fromkeys(problem for ranks in peers.gather(list(problems)) for problem in ranks)
+    """Raise on every rank when any rank has found problems: one error with the first of them."""
+    own = list(dict.fromkeys(problems))
+    answers = peers.gather((len(own), own[:_LISTED]))  # not all: thousands of ranks may have thousands
+    found = list(dict.fromkeys(problem for _, some in answers for problem in some))
     if not found:
         return
-    lines = [f"{title} ({len(found)} problem{'s' if len(found) > 1 else ''})", *list(found)[:_LISTED]]
-    if len(found) > _LISTED:
-        lines.append(f"... and {len(found) - _LISTED} more")
+    count = max(len(found), *(count for count, _ in answers))
+    is_cut = len(answers) > 1 and any(count > len(some) for count, some in answers)
+    number = f"{'at least ' if is_cut else ''}{count} problem{'s' if count > 1 else ''}"
+    lines = [f"{title} ({number})", *found[:_LISTED]]
+    if count > _LISTED:
+        lines.append(f"... and {count - _LISTED} more")
     raise ValueError("\n  ".join(lines) + f"\n{consequence}")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import checkpoint.load
 from checkpoint.folder import COMPLETE, MANIFEST, resolve
 from checkpoint.load import load
 from checkpoint.manifest import LogicalTensor, Manifest
@@ -253,6 +255,45 @@ def test_what_one_rank_finds_is_raised_on_all(saved: tuple[Path, Manifest]) -> N
     assert first == second
     assert "model.final_norm.weight: in the model [24], not in the checkpoint" in first
     assert f"{NORM}: in the checkpoint [24], not in the model" in first
+
+
+def refused_with_many_problems(folder: str) -> str:
+    shapes = {f"model.layers.{n}.x": (2,) for n in range(30 + dist.get_rank())}
+    grid = Grid(1, 1, 2, zero=False)
+    return refused(Path(folder), empty_slices(make_tensors(0, shapes=shapes), grid, dist.get_rank()))
+
+
+def test_of_many_problems_ranks_exchange_the_first_and_their_number(saved: tuple[Path, Manifest]) -> None:
+    """30 and 31 tensors of the model, and 9 of the checkpoint that neither has."""
+    first, second = run_ranks(refused_with_many_problems, 2, str(saved[0]))
+    assert first == second
+    assert "(at least 40 problems)" in first
+    assert "... and 20 more" in first
+
+
+def load_what_retention_takes_from_one_rank(folder: str) -> str:
+    """Rank 0 locks the checkpoint in time, rank 1 comes when the marker is gone."""
+    slices = empty_slices(make_tensors(0), Grid(1, 1, 2), dist.get_rank())
+    reading = checkpoint.load.reading
+
+    @contextmanager
+    def late(path: Path) -> Iterator[list[str]]:
+        if dist.get_rank() == 1:
+            dist.barrier()
+            (path / COMPLETE).unlink()
+        with reading(path) as gone:
+            if dist.get_rank() == 0:
+                dist.barrier()
+            yield gone
+
+    checkpoint.load.reading = late
+    return refused(Path(folder), slices)
+
+
+def test_a_checkpoint_removed_under_one_rank_is_refused_by_all(saved: tuple[Path, Manifest]) -> None:
+    first, second = run_ranks(load_what_retention_takes_from_one_rank, 2, str(saved[0]))
+    assert first == second
+    assert "has just been removed by the retention of its run" in first
 
 
 def test_a_failed_load_leaves_the_saver_usable(saved: tuple[Path, Manifest]) -> None:

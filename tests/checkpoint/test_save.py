@@ -16,7 +16,7 @@ from typing import IO, Any
 import pytest
 import torch.distributed as dist
 
-from checkpoint.attempt import SaveError
+from checkpoint.attempt import Attempt, SaveError
 from checkpoint.folder import COMPLETE, find_latest, list_complete, read_manifest
 from checkpoint.load import load
 from checkpoint.save import Saver
@@ -158,6 +158,64 @@ def test_a_fault_at_any_operation_is_heard_by_all_and_costs_no_checkpoint(
     assert all(a and not b for a, b in differ)
     assert len(failures) > 10
     assert all(f"failed on rank {victim}: OSError: [Errno 28]" in message for message in failures)
+
+
+def save_again_after_a_marker_that_failed(folder: str) -> str:
+    """Step 100 has its name but no marker; the next save of it reaches rank 1 before rank 0 has tidied up."""
+    rank, grid = dist.get_rank(), Grid(1, 1, 2)
+    saver = Saver(folder, rank=rank, world_size=2)
+    rename = os.rename
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(target).name == COMPLETE:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    os.rename = fail
+    saver.save(100, slices_of(make_tensors(0), grid, rank), {})
+    with pytest.raises(SaveError, match="Input/output error"):
+        saver.wait()
+    os.rename = rename
+    dist.barrier()
+    if rank == 0:
+        time.sleep(0.3)
+    saver.save(100, slices_of(make_tensors(1), grid, rank), {})
+    saver.close()
+    return str(find_latest(folder))
+
+
+def test_an_earlier_attempts_failure_is_not_this_ones(tmp_path: Path) -> None:
+    latest = str(tmp_path / "step-00000100")
+    assert run_ranks(save_again_after_a_marker_that_failed, 2, str(tmp_path)) == [latest, latest]
+    assert not list(tmp_path.glob("*/FAILED*"))
+
+
+@pytest.mark.parametrize("rank", [1, 500, 999])
+def test_of_a_thousand_ranks_each_looks_rarely(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10 minutes of waiting for rank 0, on a clock that only sleeping moves."""
+    now = 0.0
+    looks = 0
+    exists = Path.exists
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def counting(path: Path) -> bool:
+        nonlocal looks
+        looks += 1
+        return exists(path)
+
+    monkeypatch.setattr("checkpoint.attempt.time.monotonic", lambda: now)
+    monkeypatch.setattr("checkpoint.attempt.time.sleep", sleep)
+    monkeypatch.setattr(Path, "exists", counting)
+    attempt = Attempt(tmp_path, 100, "key", "run", rank, 1000, 600.0)
+    with pytest.raises(SaveError, match="waited 600 s"), attempt.entered():
+        pass
+    operations = 2 * looks  # a look at WRITING comes with one at FAILED
+    assert 1000 * operations / now < 500, "a second, of all ranks"
 
 
 def save_without_the_others(folder: str) -> str:
