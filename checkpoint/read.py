@@ -17,7 +17,7 @@ from checkpoint.manifest import ITEM_SIZES, Piece
 from checkpoint.plan import Axis, Copy, panels, row_major, span
 
 BUFFER_BYTES = 1 << 24  # per thread
-RUN_BYTES = 1 << 14  # shorter gaps are read through: a call costs more than 16 KiB of the page cache
+GAP_BYTES = 1 << 14  # shorter gaps are read through: a call costs more than 16 KiB of the page cache
 TASK_BYTES = 1 << 26  # what one thread takes at a time
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -138,21 +138,22 @@ class _Reader:
             )
 
     def _fetch(self, at: int, axes: tuple[Axis, ...], item: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Read one panel into the buffer; returns its bytes and the strides of the axes in them."""
-        run = axes[-1].extent if axes and axes[-1].source == 1 else 1
-        outer = axes[:-1] if run > 1 else axes
-        gap = outer[-1].source - run if outer else 0
-        if min(run, gap) * item < RUN_BYTES:
-            content = self._take(span(axes) * item)
-            self._read(content, at)
-            return content, tuple(axis.source for axis in axes)
-        counts = [axis.extent for axis in axes]
-        content = self._take(math.prod(counts) * item)
+        """Read one panel into the buffer; returns its bytes and the strides of the axes in them.
+
+        The inner axes, as many as have short gaps between their steps, are one block, which a call reads.
+        """
+        cut = len(axes)
+        while cut and (axes[cut - 1].source - span(axes[cut:])) * item < GAP_BYTES:
+            cut -= 1
+        outer, inner = axes[:cut], axes[cut:]
+        block = span(inner) * item
+        counts = [axis.extent for axis in outer]
+        content = self._take(math.prod(counts) * block)
         places = product(*(range(0, axis.extent * axis.source, axis.source) for axis in outer))
         for number, place in enumerate(places):
-            start = number * run * item
-            self._read(content[start : start + run * item], at + sum(place) * item)
-        return content, row_major(counts)
+            start = number * block
+            self._read(content[start : start + block], at + sum(place) * item)
+        return content, (*row_major([*counts, span(inner)])[:-1], *(axis.source for axis in inner))
 
     def _take(self, num_bytes: int) -> torch.Tensor:
         if self._buffer is None or len(self._buffer) < num_bytes:

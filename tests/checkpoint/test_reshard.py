@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from checkpoint.load import LoadedState, load
 from checkpoint.save import Saver
+from parallel.slices import TensorSlice
 from tests.checkpoint.models import (
     Grid,
     assert_equal,
@@ -127,6 +128,29 @@ def test_short_column_runs_are_read_through(tmp_path: Path, monkeypatch: pytest.
     assert_equal(slices, slices_of(tensors, Grid(2), 1))
     assert len(calls) == 8, "128 kB in panels of at most 16 KiB"
     assert state.bytes_read < 2 * state.bytes_needed
+
+
+def test_of_a_whole_weight_each_of_eight_tensor_ranks_reads_its_eighth(tmp_path: Path) -> None:
+    """Columns: runs of 7168 bytes, which are short, with gaps of 50176, which are not."""
+    tensors = {("down_proj", "weight"): torch.randn(16, 28672).bfloat16()}
+    path, _ = save_all_ranks(tmp_path, tensors, Grid())
+    for rank in (0, 3, 7):
+        slices = empty_slices(tensors, Grid(8), rank)
+        state = load(path, slices, rank=rank)
+        assert_equal(slices, slices_of(tensors, Grid(8), rank))
+        assert state.bytes_read == state.bytes_needed == tensors["down_proj", "weight"].nbytes // 8
+
+
+def test_only_the_long_gaps_of_several_axes_are_left_out(tmp_path: Path) -> None:
+    """Of each of 6 experts 40 rows of 65536 are needed, of each row of 32 bytes a half."""
+    whole = torch.randn(6, 64 * 1024, 8)
+    path, _ = save_all_ranks(tmp_path, {("experts", "weight"): whole}, Grid())
+    offset, size = (0, 100, 4), (6, 40, 4)
+    data = torch.empty(6 * 40 * 4)
+    wanted = TensorSlice("experts", "weight", tuple(whole.shape), offset, size, data, replicas=(0,))
+    state = load(path, [wanted])
+    assert torch.equal(data, whole[:, 100:140, 4:].reshape(-1))
+    assert state.bytes_read == 6 * (40 * 8 - 4) * 4, "rows are read through, what lies between experts not"
 
 
 def test_a_piece_larger_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
