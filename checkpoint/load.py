@@ -15,13 +15,14 @@ from typing import Any, Literal
 import xxhash
 
 from checkpoint import peers
-from checkpoint.boxes import Box, cover_fault
+from checkpoint.boxes import Box
 from checkpoint.folder import read_manifest, read_marker, reading
-from checkpoint.manifest import LogicalTensor, Manifest, Piece, RankBlob
+from checkpoint.manifest import LogicalTensor, Manifest, RankBlob
 from checkpoint.plan import Copy, plan
-from checkpoint.read import hash_pieces, read_copies
+from checkpoint.read import read_copies
 from checkpoint.rounding import rounding_faults
-from checkpoint.sources import Selection, select
+from checkpoint.selection import Selection, select
+from checkpoint.verify import cover_problem, damage, extents
 from parallel.slices import TensorSlice
 
 _LISTED = 20
@@ -97,8 +98,7 @@ def load(
         blobs = [blob for blob in manifest.rank_blobs if blob.rank == rank and _is_same(manifest, layout)]
         rank_state = {blob.name: _read_blob(folder, blob, problems) for blob in blobs}
         if verify == "full":
-            share = _pieces(manifest)[peers.own_rank() :: peers.world_size()]
-            problems += hash_pieces(folder, share).problems
+            problems += damage(folder, extents(manifest)[peers.own_rank() :: peers.world_size()])
         _refuse(f"{folder} is damaged", problems, _UNTOUCHED)
         report = read_copies(folder, copies, [piece.data.detach() for piece in slices])
     exact = [slices[n] for n, tensor in selection.source.items() if tensor.state == slices[n].state]
@@ -192,12 +192,11 @@ def _plan(folder: Path, selection: Selection, slices: Sequence[TensorSlice]) -> 
     copies: list[Copy] = []
     problems: list[str] = []
     for key, tensor in tensors.items():
-        fault = cover_fault(tensor.shape, [piece.box for piece in tensor.pieces])
-        if fault is None:
+        problem = cover_problem(tensor)
+        if problem is None:
             copies.extend(plan(tensor, targets[key]))
         else:
-            files = ", ".join(f"{tensor.pieces[n].file} {tensor.pieces[n].box}" for n in fault[1])
-            problems.append(f"{tensor.name} ({tensor.state}): {fault[0]} {files}".rstrip())
+            problems.append(problem)
     return copies, problems + _short_files(folder, copies)
 
 
@@ -217,10 +216,6 @@ def _short_files(folder: Path, copies: Iterable[Copy]) -> list[str]:
         if size < end:
             problems.append(f"{name}: has {size} bytes, the manifest expects at least {end}")
     return problems
-
-
-def _pieces(manifest: Manifest) -> list[Piece]:
-    return [piece for tensor in manifest.tensors for piece in tensor.pieces]
 
 
 def _read_blob(folder: Path, blob: RankBlob, problems: list[str]) -> bytes:

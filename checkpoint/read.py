@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from checkpoint.manifest import ITEM_SIZES, Piece
+from checkpoint.manifest import ITEM_SIZES
 from checkpoint.plan import Axis, Copy, panels, row_major, span
 
 BUFFER_BYTES = 1 << 24  # per thread
@@ -55,16 +55,6 @@ def read_copies(folder: Path, copies: Iterable[Copy], targets: Sequence[torch.Te
     return report
 
 
-def hash_pieces(folder: Path, pieces: Iterable[Piece]) -> ReadReport:
-    """Compare pieces with their hashes, keeping nothing."""
-    whole = [
-        Copy(piece, -1, 0, 0, (Axis(piece.num_bytes // ITEM_SIZES[piece.dtype], 1, 1),), True)
-        for piece in pieces
-        if piece.hash is not None
-    ]
-    return read_copies(folder, whole, ())
-
-
 def _tasks(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
     """Runs of copies of one file, of about TASK_BYTES."""
     for _, group in groupby(copies, key=lambda copy: copy.piece.file):
@@ -91,7 +81,7 @@ def _run_task(folder: Path, task: Sequence[Copy], targets: Sequence[torch.Tensor
     try:
         reader = _Reader(descriptor, report)
         for copy in task:
-            reader.run(copy, None if copy.target < 0 else targets[copy.target])
+            reader.run(copy, targets[copy.target])
     except OSError as error:
         report.problems.append(f"{path}: {error}")
     finally:
@@ -107,18 +97,18 @@ class _Reader:
         self._report = report
         self._buffer: torch.Tensor | None = None
 
-    def run(self, copy: Copy, target: torch.Tensor | None) -> None:
-        """Carry out one copy; `target` None only checks the hash."""
+    def run(self, copy: Copy, target: torch.Tensor) -> None:
+        """Carry out one copy."""
         piece = copy.piece
         dtype: torch.dtype = getattr(torch, piece.dtype)
         item = ITEM_SIZES[piece.dtype]
         hasher = xxhash.xxh3_64() if copy.whole and piece.hash is not None else None
         self._report.needed += copy.numel * item
-        in_place = target is not None and _is_run(copy) and target.dtype == dtype and target.is_cpu
+        in_place = _is_run(copy) and target.dtype == dtype and target.is_cpu
         limit = max(TASK_BYTES if in_place else BUFFER_BYTES, item) // item
         for source, start, axes in panels(copy, limit):
             at = piece.start + source * item
-            if in_place and target is not None:
+            if in_place:
                 content = target[start : start + span(axes)].view(torch.uint8)
                 self._read(content, at)
                 strides: tuple[int, ...] = ()
@@ -126,7 +116,7 @@ class _Reader:
                 content, strides = self._fetch(at, axes, item)
             if hasher is not None:
                 hasher.update(_bytes(content))
-            if target is not None and not in_place:
+            if not in_place:
                 values = content.view(dtype).as_strided([axis.extent for axis in axes], strides)
                 shape = [axis.extent for axis in axes]
                 offset = target.storage_offset() + start

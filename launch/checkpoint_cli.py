@@ -1,4 +1,4 @@
-"""`ratoon checkpoint`: look into checkpoints without reading a tensor."""
+"""`ratoon checkpoint`: look into checkpoints, and check them, without torch."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ def inspect(
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every logical tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of it and compare every hash; exit 1 on damage.")
+    ] = False,
 ) -> None:
     """Show what a checkpoint holds: step, layout, sizes, schedule, data position, versions, lineage."""
     import json
@@ -48,11 +51,28 @@ def inspect(
     summary = summarise(folder, manifest)
     if tensors:
         summary["tensors"] = _tensors(manifest)
+    if verify:
+        with Console(stderr=True).status(f"reading {folder}"):
+            summary["damage"] = find_damage(folder, manifest)
     console = Console()
     if as_json:
         console.print(json.dumps(summary, indent=2), highlight=False, soft_wrap=True, markup=False)
-        return
-    _show(console, summary)
+    else:
+        _show(console, summary)
+    if summary.get("damage"):
+        raise typer.Exit(FAILED)
+
+
+def find_damage(folder: Path, manifest: Manifest) -> list[str]:
+    """Read all of a checkpoint; a line for every tensor not covered exactly once and every damaged piece."""
+    from checkpoint.folder import reading
+    from checkpoint.verify import cover_problem, damage, extents
+
+    with reading(folder) as gone:
+        if gone:
+            return gone
+        covers = (cover_problem(tensor) for tensor in manifest.tensors)
+        return [problem for problem in covers if problem] + damage(folder, extents(manifest))
 
 
 def summarise(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -109,6 +129,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     missing = summary["missing_files"]
     count = f"{len(missing)} file{'s' if len(missing) > 1 else ''} missing"
     verdict = f"[bold red]{count}[/]" if missing else "[green]complete[/]"
+    if "damage" in summary:
+        verdict += ", [bold red]damaged[/]" if summary["damage"] else ", [green]every byte as saved[/]"
     console.print(f"[bold]{escape(summary['path'])}[/]  {verdict}", soft_wrap=True, highlight=False)
     facts = {
         "step": summary["step"],
@@ -133,6 +155,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     if "tensors" in summary:
         console.print()
         console.print(_tensors_table(summary["tensors"]), highlight=False)
+    for line in summary.get("damage", []):
+        console.print(f"[bold red]damaged[/] {escape(line)}", soft_wrap=True, highlight=False)
 
 
 def _table(*columns: str) -> Table:
