@@ -35,7 +35,10 @@ TextKeyOption = Annotated[str, typer.Option(metavar="KEY", help="Where a JSON li
 SuffixOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--suffix", metavar="SUFFIX", help="Take only such files from folders, as in .py. May be repeated."
+        "--suffix",
+        metavar="SUFFIX",
+        help="Take only such files from folders, as in .py; read files of such a name as text. May be "
+        "repeated.",
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

@@ -18,7 +18,7 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from tests.data.corpora import write_lines
-from trainer.data import documents
+from trainer.data import blocks, documents
 from trainer.data.corpus import read_sidecar
 from trainer.data.indexed import IndexedReader
 from trainer.data.prepare import BadRecordError, PrepareOptions, PrepareReport, prepare
@@ -45,16 +45,23 @@ def lines(tmp_path: Path) -> str:
     return write_lines(tmp_path / "in.jsonl", TEXTS)
 
 
+def cut_into(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the work come in pieces of this many bytes."""
+    monkeypatch.setattr(documents, "CHUNK_BYTES", size)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+    monkeypatch.setattr(blocks, "COMPRESSED_BLOCK_BYTES", size)
+
+
 @pytest.fixture
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 256)
+    cut_into(256, monkeypatch)
 
 
 @pytest.mark.parametrize("chunk", [1, 64, 1 << 20])
 def test_megatron_reads_every_document(
     tmp_path: Path, lines: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", chunk)
+    cut_into(chunk, monkeypatch)
     report = run(tmp_path, lines)
     assert texts(tmp_path / "out") == TEXTS
     size = sum(len(text.encode()) for text in TEXTS)
@@ -190,7 +197,7 @@ def test_all_problems_with_the_options_at_once(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 64)
+    cut_into(64, monkeypatch)
 
     def kill_a_worker(report: PrepareReport) -> None:
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
@@ -209,7 +216,7 @@ def test_inputs_without_documents_are_an_error(tmp_path: Path) -> None:
 
 ENDED = """
 import multiprocessing, os, sys
-from trainer.data import documents
+from trainer.data import blocks, documents
 from trainer.data.prepare import PrepareOptions, prepare
 documents.CHUNK_BYTES = 256
 def end(report):
@@ -284,3 +291,30 @@ def test_the_lock_is_on_a_file_open_for_writing(
 
     monkeypatch.setattr(fcntl, "flock", as_nfs)
     assert run(tmp_path, lines).documents == 120
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_file_cut_short_gives_what_came_before(tmp_path: Path, suffix: str) -> None:
+    """Frames end behind each line here, so all lines but that of the last frame are whole."""
+    written = [json.dumps({"text": os.urandom(30).hex()}).encode() + b"\n" for _ in range(50)]
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    broken = tmp_path / f"broken.jsonl{suffix}"
+    broken.write_bytes(b"".join(map(pack, written))[:-10])
+    report = run(tmp_path, broken)
+    assert texts(tmp_path / "out") == [json.loads(line)["text"] for line in written[:-1]]
+    (example,) = report.bad_examples
+    assert example == f"{broken}:50: unreadable file (ends in the middle of a frame)"
+    with pytest.raises(BadRecordError, match="ends in the middle of a frame"):
+        run(tmp_path, broken, output="strict", strict=True)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_text_cut_short_is_no_document(tmp_path: Path, lines: str, suffix: str) -> None:
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    broken = tmp_path / f"broken.txt{suffix}"
+    broken.write_bytes(pack(os.urandom(3000).hex().encode())[:-30])
+    report = run(tmp_path, lines, broken)
+    assert (report.documents, report.bad_examples) == (
+        120,
+        [f"{broken}: unreadable file (ends in the middle of a frame)"],
+    )

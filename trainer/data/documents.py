@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from dataclasses import dataclass
+from typing import Any
 
-CODE_SUFFIXES = (
-    ".bash .bat .c .cc .clj .cmake .cpp .cs .css .cu .cuh .cxx .dart .erl .ex .exs .f90 .fs .go .gradle "
-    ".groovy .h .hpp .hs .html .hxx .java .jl .js .jsx .kt .kts .lisp .lua .m .mjs .ml .mm .pas .php "
-    ".pl .pm .proto .ps1 .py .pyi .pyx .r .rb .rs .rst .scala .scm .sh .sql .svelte .swift .tcl .tex .toml "
-    ".ts .tsx .vim .vue .xml .yaml .yml .zig"
-).split()
-LINES_SUFFIXES = (".jsonl", ".ndjson")
-TEXT_SUFFIXES = (".txt", ".md", *CODE_SUFFIXES)
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+from trainer.data.blocks import read_blocks, unreadable
+
 CHUNK_BYTES = 1 << 20
+"""Of whole files, on disk, that one process is handed at once."""
+LONGEST_FIRST_LINE = 1 << 26
+"""Bytes after which a file that goes on without a line break is not taken for JSON lines."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +24,6 @@ class InputFile:
     """a document per JSON line; else the whole file is one document"""
     size: int
     """bytes on disk"""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the inputs of a command come to."""
-
-    files: list[InputFile]
-    left_out: Counter[str] = field(default_factory=Counter)
-    """files inside folders that are not read, by reason"""
 
 
 @dataclass(frozen=True)
@@ -74,56 +57,6 @@ class Chunk:
     """what ended the reading of this file early"""
 
 
-def find_inputs(paths: Sequence[str], suffixes: Sequence[str] = ()) -> Inputs:
-    """The files to read, in an order that depends on their names only.
-
-    Folders are searched recursively, hidden ones and `__pycache__` excepted. `suffixes` limits what is taken
-    from folders; a file that is named itself is always read.
-
-    Raises:
-        ValueError: names every path that does not exist and every file that cannot hold documents.
-    """
-    inputs = Inputs([])
-    problems: list[str] = []
-    wanted = tuple(suffixes) or (*TEXT_SUFFIXES, *LINES_SUFFIXES)
-    for path in paths:
-        if os.path.isdir(path):
-            _search(path, wanted, inputs)
-        elif not os.path.isfile(path):
-            problems.append(f"{path} does not exist")
-        elif path.endswith((".bin", ".idx")):
-            problems.append(f"{path} is prepared already; name it in [[data.sources]]")
-        else:
-            inputs.files.append(_input_file(path))
-    if problems:
-        raise ValueError("; ".join(problems))
-    if not inputs.files:
-        raise ValueError(f"no file to read in {', '.join(paths)}; looked for {' '.join(wanted)}")
-    return inputs
-
-
-def _search(folder: str, wanted: tuple[str, ...], inputs: Inputs) -> None:
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        for name in sorted(names):
-            path = os.path.join(root, name)
-            if name.startswith(".") or not _plain_name(name).endswith(wanted) or not os.path.isfile(path):
-                inputs.left_out["other kinds"] += 1
-            elif os.path.getsize(path) == 0:
-                inputs.left_out["empty files"] += 1
-            else:
-                inputs.files.append(_input_file(path))
-
-
-def _plain_name(name: str) -> str:
-    """The name without .gz or .zst."""
-    return next((name.removesuffix(suffix) for suffix in COMPRESSED_SUFFIXES if name.endswith(suffix)), name)
-
-
-def _input_file(path: str) -> InputFile:
-    return InputFile(path, _plain_name(path).endswith(LINES_SUFFIXES), os.path.getsize(path))
-
-
 def read_chunks(files: Sequence[InputFile]) -> Iterator[Chunk]:
     """Cut the files into work, in order."""
     group: list[InputFile] = []
@@ -147,8 +80,8 @@ def _line_chunks(file: InputFile) -> Iterator[Chunk]:
     """Runs of whole lines; a file that breaks off yields what came before, and the problem."""
     line, consumed, rest = 1, 0, b""
     try:
-        with open(file.path, "rb") as raw, _decompressed(raw, file.path) as stream:
-            while block := stream.read(CHUNK_BYTES):
+        with open(file.path, "rb") as raw:
+            for block in read_blocks(raw, file.path):
                 body, newline, tail = (rest + block).rpartition(b"\n")
                 rest = tail
                 if newline:
@@ -157,26 +90,10 @@ def _line_chunks(file: InputFile) -> Iterator[Chunk]:
                     line, consumed = line + body.count(b"\n") + 1, place
         yield Chunk((file.path,), file.size - consumed, rest, line)
     except Exception as error:
-        if not _unreadable(error):
+        if not unreadable(error):
             raise
         problem = BadRecord(f"{file.path}:{line}", "unreadable file", str(error))
         yield Chunk((file.path,), file.size - consumed, b"", line, problem)
-
-
-def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
-    if path.endswith(".gz"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if path.endswith(".zst"):
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return cast(IO[bytes], reader)
-    return raw
-
-
-def _unreadable(error: Exception) -> bool:
-    """Whether this is about the file: it cannot be opened, or its compressed stream is broken."""
-    return isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ == "ZstdError"
 
 
 def parse(chunk: Chunk, text_key: str) -> Iterator[str | BadRecord]:
@@ -194,17 +111,37 @@ def parse(chunk: Chunk, text_key: str) -> Iterator[str | BadRecord]:
 
 def _read_document(path: str) -> str | BadRecord:
     try:
-        with open(path, "rb") as raw, _decompressed(raw, path) as stream:
-            content = stream.read()
+        with open(path, "rb") as raw:
+            content = b"".join(read_blocks(raw, path))
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return BadRecord(f"{path}:{line}", "invalid UTF-8", error.reason)
     except Exception as error:
-        if not _unreadable(error):
+        if not unreadable(error):
             raise
         return BadRecord(path, "unreadable file", str(error))
     return text if text.strip() else BadRecord(path, "empty")
+
+
+def begins_with_record(path: str, text_key: str) -> bool:
+    """Whether the first line that is not blank is a JSON object with this key.
+
+    Also True where the file cannot be read that far: whoever reads it as lines will say so.
+    """
+    first = b""
+    try:
+        with open(path, "rb") as raw:
+            for block in read_blocks(raw, path):
+                first = (first + block).lstrip()
+                if b"\n" in first or len(first) > LONGEST_FIRST_LINE:
+                    break
+    except Exception as error:
+        if not unreadable(error):
+            raise
+        return True
+    record = _parse_line(first.partition(b"\n")[0], path, text_key)
+    return isinstance(record, str) or record.reason in ("not a string", "empty")
 
 
 def _parse_line(line: bytes, where: str, text_key: str) -> str | BadRecord:

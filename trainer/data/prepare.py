@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -20,8 +20,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.data.documents import BadRecord, Chunk, Inputs, find_inputs, parse, read_chunks
+from trainer.data.documents import BadRecord, Chunk, parse, read_chunks
 from trainer.data.indexed import token_dtype
+from trainer.data.inputs import Inputs, find_inputs
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.data.writer import OutputFolder, PairWriter
 
@@ -140,6 +141,7 @@ def prepare(
     inputs = _check(options)
     tokenizer = load_tokenizer(options.tokenizer, options.eod)
     report = PrepareReport(input_bytes=sum(file.size for file in inputs.files), left_out=inputs.left_out)
+    _count_bad(inputs.bad, report, strict=options.strict)
     prefixes = [options.output] + [options.output + "-validation"] * (options.validation_share > 0)
     with OutputFolder(prefixes, overwrite=options.overwrite) as folder:
         writers = [PairWriter(folder.path, prefix, token_dtype(tokenizer.vocab_size)) for prefix in prefixes]
@@ -147,8 +149,7 @@ def prepare(
         with closing(work):
             for encoded in work:
                 _count(encoded, report)
-                if encoded.bad and options.strict:
-                    raise BadRecordError(str(encoded.bad[0]))
+                _count_bad(encoded.bad, report, strict=options.strict)
                 for writer, part in zip(writers, (encoded.train, encoded.validation), strict=False):
                     writer.add(part.tokens, part.lengths, part.text_bytes)
                 report.seconds = time.monotonic() - started
@@ -171,9 +172,9 @@ def _check(options: PrepareOptions) -> Inputs:
         problems.append(f"workers is {options.workers}; expected at least 1")
     if not os.path.basename(options.output):
         problems.append(f"output {options.output} is a folder; add the name that the files begin with")
-    inputs = Inputs([])
+    inputs = Inputs()
     try:
-        inputs = find_inputs(options.inputs, options.suffixes)
+        inputs = find_inputs(options.inputs, options.suffixes, text_key=options.text_key)
     except ValueError as error:
         problems.append(str(error))
     if problems:
@@ -189,8 +190,13 @@ def _count(encoded: Encoded, report: PrepareReport) -> None:
         report.text_bytes += part.text_bytes
     report.validation_documents += len(encoded.validation.lengths)
     report.validation_tokens += len(encoded.validation.tokens)
-    report.bad.update(record.reason for record in encoded.bad)
-    report.bad_examples += [str(record) for record in encoded.bad[: EXAMPLES - len(report.bad_examples)]]
+
+
+def _count_bad(records: Sequence[BadRecord], report: PrepareReport, *, strict: bool) -> None:
+    if records and strict:
+        raise BadRecordError(str(records[0]))
+    report.bad.update(record.reason for record in records)
+    report.bad_examples += [str(record) for record in records[: EXAMPLES - len(report.bad_examples)]]
 
 
 def _nothing_for(prefix: str, report: PrepareReport, options: PrepareOptions) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint.folder import write_durably
-from trainer.data.documents import BadRecord, find_inputs, parse, read_chunks
+from trainer.data.documents import BadRecord, parse, read_chunks
+from trainer.data.inputs import find_inputs
 
 EOD = "<|endoftext|>"
 BYTE_ALPHABET = 256
@@ -81,9 +82,10 @@ def _texts(
     on_progress: Callable[[TokenizerReport], None],
 ) -> Iterator[list[str]]:
     """The documents in batches, counted as they pass."""
-    files = find_inputs(inputs, suffixes).files
-    report.input_bytes = sum(file.size for file in files)
-    for chunk in read_chunks(files):
+    found = find_inputs(inputs, suffixes, text_key=text_key)
+    report.input_bytes = sum(file.size for file in found.files)
+    report.bad.update(record.reason for record in found.bad)
+    for chunk in read_chunks(found.files):
         texts: list[str] = []
         for record in parse(chunk, text_key):
             if isinstance(record, BadRecord):
