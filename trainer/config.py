@@ -111,9 +111,12 @@ def config_toml(config: RunConfig) -> str:
 def validate(config: RunConfig, world_size: int) -> list[str]:
     """Everything that keeps `config` from running on `world_size` ranks, as far as can be known before.
 
-    Looks at the sections together, at files, and at the tokenizer. Changes nothing and starts nothing.
+    Looks at the sections together, at files, at the tokenizer, and into the indices of the corpora. Changes
+    nothing and starts nothing.
     """
-    problems = config.data.problems()
+    from trainer.data.corpus import data_problems  # brings numpy, which no wrong key needs
+
+    problems = data_problems(config.data)
     model: Architecture | None = None
     if not any(problem.startswith("data.tokenizer") for problem in problems):
         try:

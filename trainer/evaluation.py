@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from trainer.data.stream import ValidationStream
+from trainer.data.stream import ValidationStream, open_validation
 from trainer.metrics.sink import EvaluationRecord
 from trainer.session import Session
 from trainer.step import evaluate
@@ -18,10 +18,7 @@ class Evaluator:
         """Open the validation sets."""
         config = session.config
         self._session = session
-        self._streams = [
-            ValidationStream(config.data, one.name, global_batch=config.train.global_batch)
-            for one in config.data.validation
-        ]
+        self._streams = open_validation(config.data, global_batch=config.train.global_batch)
 
     def due(self, *, last: bool) -> bool:
         """Whether to evaluate after the step just done."""

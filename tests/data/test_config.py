@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tests.data.corpora import write_tokens
 from trainer.data.config import DataConfig
-from trainer.data.corpus import open_corpora
+from trainer.data.corpus import data_problems, open_corpora
 
 
 def test_a_path_may_carry_its_extension() -> None:
@@ -49,6 +49,24 @@ def test_all_problems_with_the_files_at_once(tmp_path: Path) -> None:
         assert part in text
     with pytest.raises(ValueError, match=r"(?s)half.idx is missing.*raw.*gone.bin.*held.bin.*no.json"):
         open_corpora(config, "sources")
+
+
+def test_what_only_opening_shows_is_known_before_a_run(tmp_path: Path) -> None:
+    cut = write_tokens(tmp_path / "cut", [[1, 2]])
+    Path(cut + ".bin").write_bytes(b"\0")
+    config = DataConfig(
+        sources=[
+            {"name": "cut", "path": cut},
+            {"name": "fine", "path": write_tokens(tmp_path / "fine", [[1]])},
+        ],
+        validation=[{"name": "empty", "path": write_tokens(tmp_path / "empty", [])}],
+    )
+    assert config.problems() == []
+    first, second = data_problems(config)
+    assert first.startswith("data.sources 'cut': ")
+    assert "1 bytes, its index says 8" in first
+    assert second.startswith("data.validation 'empty': ")
+    assert "holds no tokens" in second
 
 
 def test_no_sources_is_a_problem() -> None:

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from tests.data.corpora import EOD, ragged, write_tokens, write_words
+from trainer.data import corpus
 from trainer.data.batch import MicroBatch
 from trainer.data.config import DataConfig
-from trainer.data.stream import Batches, TokenStream, ValidationStream
+from trainer.data.indexed import IndexedReader
+from trainer.data.stream import Batches, TokenStream, ValidationStream, open_validation
+from trainer.data.tokenizer import Tokenizer
 
 FIELDS = ("tokens", "labels", "loss_weights", "positions", "documents", "sources")
 LENGTH, BATCH = 16, 8
@@ -226,6 +229,25 @@ def test_validation_padding_is_a_document_of_its_own(entries: dict[str, Any]) ->
     assert (pad == last + 1).all()
     assert batch.positions[row, column:].tolist() == list(range(LENGTH - column))
     assert not batch.loss_weights[row, column - 1 :].any()
+
+
+def test_validation_opens_every_file_once(
+    entries: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [{"name": f"v{n}", "path": write_tokens(tmp_path / f"v{n}", ragged(3, first=n))} for n in range(9)]
+    opened: list[str] = []
+    real = corpus.open_corpus
+
+    def counting(prefix: str, tokenizer: Tokenizer) -> IndexedReader:
+        opened.append(prefix)
+        return real(prefix, tokenizer)
+
+    monkeypatch.setattr(corpus, "open_corpus", counting)
+    streams = open_validation(DataConfig(**(entries | {"validation": sets})), global_batch=2)
+    assert opened == [one["path"] for one in sets]
+    assert [stream.name for stream in streams] == [one["name"] for one in sets]
+    for n, stream in enumerate(streams):
+        assert gather(stream, 0, micro_batch=2).tokens[0, 0] == n
 
 
 def test_an_unknown_validation_set_is_refused(entries: dict[str, Any]) -> None:

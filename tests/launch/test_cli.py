@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launch.cli import app
+from tests.data.corpora import write_tokens
 from tests.trainer.test_config import GOOD
 
 ROOT = Path(__file__).parents[2]
@@ -18,8 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"prose{suffix}").touch()
+    write_tokens(tmp_path / "prose", [[1, 2, 3]])
     path = Path("run.toml")
     path.write_text(GOOD.format(path="prose"))
     return path

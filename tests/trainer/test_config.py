@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.corpora import write_tokens
 from trainer.config import config_toml, load_config, parse_config, resolve, validate
 from trainer.run_file import RunFile, apply_overrides, key_lines, read_run_file, to_toml
 
@@ -29,10 +30,8 @@ precision = "fp32"
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"prose{suffix}").touch()
     path = tmp_path / "run.toml"
-    path.write_text(GOOD.format(path=tmp_path / "prose"))
+    path.write_text(GOOD.format(path=write_tokens(tmp_path / "prose", [[1, 2, 3]])))
     return path
 
 
@@ -148,6 +147,13 @@ def test_contradictions_between_sections(
     problems = validate(load_config(run_file, overrides), world_size)
     assert len(problems) == 1, problems
     assert part in problems[0]
+
+
+def test_data_that_cannot_be_read_are_named(run_file: Path) -> None:
+    (run_file.parent / "prose.bin").write_bytes(b"")
+    (problem,) = validate(load_config(run_file), 1)
+    assert "data.sources 'prose': " in problem
+    assert "0 bytes, its index says 12" in problem
 
 
 def test_independent_contradictions_come_together(run_file: Path) -> None:

@@ -14,6 +14,10 @@ from trainer.data.config import DataConfig
 from trainer.data.indexed import IndexedReader
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 
+Section = Literal["sources", "validation"]
+OpenedCorpora = tuple[Tokenizer, list[IndexedReader]]
+"""A section's corpora in their order, and the tokenizer that made them."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -85,32 +89,47 @@ def open_corpus(prefix: str, tokenizer: Tokenizer) -> IndexedReader:
     return corpus
 
 
-def open_corpora(
-    config: DataConfig, section: Literal["sources", "validation"]
-) -> tuple[Tokenizer, list[IndexedReader]]:
+def open_corpora(config: DataConfig, section: Section) -> OpenedCorpora:
     """The tokenizer of a run, and the corpora of this section in their order.
 
     Raises:
         ValueError: lists everything that is wrong; of the other section, only which files are missing.
     """
     problems = config.problems()
-    tokenizer: Tokenizer | None = None
+    tokenizer, corpora = _open(config, (section,), problems)
+    if problems or tokenizer is None:
+        raise ValueError("the data cannot be read:\n" + "\n".join(f"- {problem}" for problem in problems))
+    _warn_of_unknown_makers(corpora, tokenizer)
+    return tokenizer, corpora
+
+
+def data_problems(config: DataConfig) -> list[str]:
+    """What keeps a run from reading its data, training and validation; opens every corpus, reads no token."""
+    problems = config.problems()
+    _open(config, ("sources", "validation"), problems)
+    return problems
+
+
+def _open(
+    config: DataConfig, sections: tuple[Section, ...], problems: list[str]
+) -> tuple[Tokenizer | None, list[IndexedReader]]:
+    """Open what has no problem yet; adds to `problems` what is found wrong on the way."""
+    corpora: list[IndexedReader] = []
     try:
         tokenizer = load_tokenizer(config.tokenizer, config.eod)
     except ValueError as error:
         if not any(problem.startswith("data.tokenizer") for problem in problems):
             problems.append(f"data.tokenizer: {error}")
-    corpora: list[IndexedReader] = []
-    for entry in config.sources if section == "sources" else config.validation:
-        where = f"data.{section} {entry.name!r}: "
-        if tokenizer is not None and not any(problem.startswith(where) for problem in problems):
-            try:
-                corpora.append(open_corpus(entry.path, tokenizer))
-            except ValueError as error:
-                problems.append(where + str(error))
-    if problems or tokenizer is None:
-        raise ValueError("the data cannot be read:\n" + "\n".join(f"- {problem}" for problem in problems))
-    _warn_of_unknown_makers(corpora, tokenizer)
+        return None, corpora
+    known = tuple(problems)
+    for section in sections:
+        for entry in config.sources if section == "sources" else config.validation:
+            where = f"data.{section} {entry.name!r}: "
+            if not any(problem.startswith(where) for problem in known):
+                try:
+                    corpora.append(open_corpus(entry.path, tokenizer))
+                except ValueError as error:
+                    problems.append(where + str(error))
     return tokenizer, corpora
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from trainer.data.batch import MicroBatch
 from trainer.data.config import DataConfig
-from trainer.data.corpus import open_corpora
+from trainer.data.corpus import OpenedCorpora, open_corpora
 from trainer.data.indexed import IndexedReader
 from trainer.data.mixture import Mixture
 from trainer.data.order import SourceOrder, Spans, cut, file_spans
@@ -219,8 +219,10 @@ class ValidationStream(Batches):
     weight.
     """
 
-    def __init__(self, config: DataConfig, name: str, *, global_batch: int) -> None:
-        """Open the validation set called `name`.
+    def __init__(
+        self, config: DataConfig, name: str, *, global_batch: int, opened: OpenedCorpora | None = None
+    ) -> None:
+        """Take the validation set called `name`, out of `opened` where all sets have been opened already.
 
         Raises:
             ValueError: there is no such set, or lists everything that is wrong with the files.
@@ -228,7 +230,7 @@ class ValidationStream(Batches):
         names = [one.name for one in config.validation]
         if name not in names:
             raise ValueError(f"no validation set {name!r}; [[data.validation]] has {names}")
-        tokenizer, corpora = open_corpora(config, "validation")
+        tokenizer, corpora = opened or open_corpora(config, "validation")
         corpus = corpora[names.index(name)]
         super().__init__(config, tokenizer, names=(name,), corpora=[corpus], global_batch=global_batch)
         self.name = name
@@ -244,3 +246,18 @@ class ValidationStream(Batches):
         spans = cut(self._spans, step * count, count + 1)
         rows = np.arange(self.global_batch, dtype=np.int64)
         return StepPlan(np.zeros(self.global_batch, np.int32), rows, {0: spans})
+
+
+def open_validation(config: DataConfig, *, global_batch: int) -> list[ValidationStream]:
+    """A stream of each validation set, in their order; opens every file once.
+
+    Raises:
+        ValueError: lists everything that is wrong with the files.
+    """
+    if not config.validation:
+        return []
+    opened = open_corpora(config, "validation")
+    return [
+        ValidationStream(config, entry.name, global_batch=global_batch, opened=opened)
+        for entry in config.validation
+    ]
