@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from checkpoint.boxes import Box
 FORMAT = "ratoon-checkpoint"
 VERSION = 1  # raised when an older reader would misread what is written
 MANIFEST = "manifest.json"
+TENSORS = b'"tensors":[\n'  # then a line a tensor, then a line that ends it all
 
 ITEM_SIZES = {
     "float64": 8,
@@ -112,21 +114,25 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """One line a tensor; files are written once and pieces name them by number."""
+        return self.with_tensors(self.tensors)
+
+    def with_tensors(self, tensors: Iterable[LogicalTensor]) -> bytes:
+        """The JSON of this manifest with other tensors, of which only one has to exist at a time."""
         files: dict[str, int] = {}
-        tensors = ",\n".join(_dumps(_tensor_to_json(tensor, files)) for tensor in self.tensors)
+        lines = ",\n".join(_dumps(_tensor_to_json(tensor, files)) for tensor in tensors)
         blobs = [
             [b.rank, b.name, files.setdefault(b.file, len(files)), b.start, b.num_bytes, b.hash]
             for b in self.rank_blobs
         ]
         head = {"format": FORMAT, "version": VERSION, "step": self.step, "world_size": self.world_size}
-        lines = [
+        parts = [
             _dumps(head)[:-1],
             f'"state":{_dumps(self.state)}',
             f'"files":{_dumps(list(files))}',
             f'"rank_blobs":{_dumps(blobs)}',
-            f'"tensors":[\n{tensors}\n]}}\n',
+            f"{TENSORS.decode()}{lines}\n]}}\n",
         ]
-        return ",\n".join(lines).encode()
+        return ",\n".join(parts).encode()
 
     @classmethod
     def from_json(cls, text: bytes, source: str) -> Manifest:
@@ -156,7 +162,7 @@ class Manifest:
             return cls(
                 step=tree["step"],
                 world_size=tree["world_size"],
-                tensors=tuple(_tensor_from_json(entry, files) for entry in tree["tensors"]),
+                tensors=tuple(tensor_from_json(entry, files) for entry in tree["tensors"]),
                 state=tree["state"],
                 rank_blobs=tuple(RankBlob(r, n, files[f], *rest) for r, n, f, *rest in tree["rank_blobs"]),
             )
@@ -164,46 +170,20 @@ class Manifest:
             raise ValueError(f"{source} is damaged: {type(error).__name__} {error}") from None
 
 
-def merge(manifests: Iterable[Manifest]) -> tuple[tuple[LogicalTensor, ...], tuple[RankBlob, ...]]:
-    """Join the pieces that several ranks wrote, tensors sorted by name and state.
-
-    Raises:
-        ValueError: ranks disagree about a tensor's shape or dtype; all such tensors are named.
-    """
-    joined: dict[tuple[str, str], LogicalTensor] = {}
-    pieces: dict[tuple[str, str], list[Piece]] = {}
-    blobs: list[RankBlob] = []
-    problems: list[str] = []
-    for manifest in manifests:
-        blobs.extend(manifest.rank_blobs)
-        for tensor in manifest.tensors:
-            key = (tensor.name, tensor.state)
-            first = joined.setdefault(key, tensor)
-            if (first.shape, first.dtype) != (tensor.shape, tensor.dtype):
-                problems.append(
-                    f"{key[0]} ({key[1]}): {list(first.shape)} {first.dtype} on one rank, "
-                    f"{list(tensor.shape)} {tensor.dtype} on another"
-                )
-            pieces.setdefault(key, []).extend(tensor.pieces)
-    if problems:
-        raise ValueError("ranks disagree about tensors:\n  " + "\n  ".join(problems))
-    tensors = (
-        LogicalTensor(t.name, t.state, t.shape, t.dtype, tuple(pieces[key]))
-        for key, t in sorted(joined.items())
-    )
-    return tuple(tensors), tuple(blobs)
-
-
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Hundreds of thousands of new objects, no garbage: looking for some takes 5 times the parsing."""
-    enabled = gc.isenabled()
+    """Hundreds of thousands of new objects, no garbage: looking for some takes 5 times the parsing.
+
+    On the main thread only: a thread beside it must not turn off the collector for the whole process.
+    """
+    if not gc.isenabled() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     gc.disable()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
 def _dumps(value: Any) -> str:
@@ -232,7 +212,8 @@ def _tensor_to_json(tensor: LogicalTensor, files: dict[str, int]) -> dict[str, A
     }
 
 
-def _tensor_from_json(entry: dict[str, Any], files: list[str]) -> LogicalTensor:
+def tensor_from_json(entry: dict[str, Any], files: list[str]) -> LogicalTensor:
+    """A tensor from its line of the manifest; `files` are those that the manifest numbers."""
     dtype = entry["dtype"]
     return LogicalTensor(
         entry["name"],

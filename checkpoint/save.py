@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 from checkpoint import folder as on_disk
 from checkpoint import peers
 from checkpoint.attempt import Attempt, SaveError
-from checkpoint.boxes import cover_fault
-from checkpoint.manifest import Manifest, merge
+from checkpoint.manifest import LogicalTensor, Manifest
+from checkpoint.merge import merge
+from checkpoint.verify import cover_problem
 from checkpoint.write import HostCopy, share_out, write_rank_file
 from parallel.slices import TensorSlice
 
@@ -202,7 +203,7 @@ class Saver:
             )
             attempt.publish(written.manifest.to_json())
             if self.rank == 0:
-                attempt.commit(self._merged(job).to_json())
+                attempt.commit(self._merged(job))
             else:
                 attempt.await_commit()
         if self.rank == 0:
@@ -230,23 +231,25 @@ class Saver:
     def _retire(self, folder: Path) -> None:
         on_disk.retire(folder, self._run_id, keep_last=self._keep_last, keep_every=self._keep_every)
 
-    def _merged(self, job: _Job) -> Manifest:
+    def _merged(self, job: _Job) -> bytes:
         """The manifest of the whole from every rank's; refused when a tensor is not covered exactly once."""
-        indices = job.attempt.gather()
-        tensors, blobs = merge(
-            Manifest.from_json(index, f"the index of rank {rank}") for rank, index in enumerate(indices)
-        )
-        faults = []
-        for tensor in tensors:
-            fault = cover_fault(tensor.shape, [piece.box for piece in tensor.pieces])
-            if fault is not None:
-                files = ", ".join(tensor.pieces[number].file for number in fault[1])
-                faults.append(f"{tensor.name} ({tensor.state}): {fault[0]} {files}")
+        tensors, blobs = merge(job.attempt.gather())
+        faults: list[str] = []
+        whole = Manifest(job.attempt.step, self.world_size, (), job.state, blobs)
+        text = whole.with_tensors(_checked(tensors, faults))
         if faults:
             raise SaveError(
                 "the ranks' slices do not cover every tensor exactly once:\n  " + "\n  ".join(faults)
             )
-        return Manifest(job.attempt.step, self.world_size, tensors, job.state, blobs)
+        return text
+
+
+def _checked(tensors: Iterable[LogicalTensor], faults: list[str]) -> Iterator[LogicalTensor]:
+    """The same tensors; a line is added to `faults` for each that is not covered exactly once."""
+    for tensor in tensors:
+        if fault := cover_problem(tensor):
+            faults.append(fault)
+        yield tensor
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from types import MappingProxyType
 import torch
 
 from checkpoint.folder import mark_complete, step_name
-from checkpoint.manifest import MANIFEST, Manifest, merge
+from checkpoint.manifest import MANIFEST, Manifest
+from checkpoint.merge import merge
 from checkpoint.write import share_out, write_rank_file
 from parallel.slices import TensorSlice, flat_range_boxes
 
@@ -146,9 +147,9 @@ def save_all_ranks(
         mine = share_out(slices_of(tensors, grid, rank), rank)
         file = path / f"rank-{rank:05d}.safetensors"
         options = {"rank": rank, "step": step, "world_size": grid.world_size}
-        parts.append(write_rank_file(file, mine, {"rng": bytes([rank])}, **options).manifest)
+        parts.append(write_rank_file(file, mine, {"rng": bytes([rank])}, **options).manifest.to_json())
     joined, blobs = merge(parts)
-    manifest = Manifest(step, grid.world_size, joined, {"layout": grid.as_json()}, blobs)
+    manifest = Manifest(step, grid.world_size, tuple(joined), {"layout": grid.as_json()}, blobs)
     rewrite(path, manifest)
     return path, manifest
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import gc
 import os
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +88,7 @@ def save_slices_that_overlap(folder: str) -> str:
 def test_slices_that_do_not_cover_exactly_once_are_not_saved(tmp_path: Path) -> None:
     for message in run_ranks(save_slices_that_overlap, 2, str(tmp_path)):
         assert "model.norm.weight (weight): overlap: 2 pieces hold element [0]" in message
-        assert "rank-00000.safetensors, rank-00001.safetensors" in message
+        assert "rank-00000.safetensors [0:24], rank-00001.safetensors [0:24]" in message
     assert find_latest(tmp_path) is None
 
 
@@ -359,6 +361,18 @@ def test_training_may_go_on_while_it_is_saved(tmp_path: Path) -> None:
     found = empty_slices(make_tensors(0), ONE, 0)
     assert load(saved.path, found).state["data"] == {"position": [3]}
     assert_equal(found, slices_of(make_tensors(0), ONE, 0))
+
+
+def test_saving_beside_training_leaves_the_collector_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turned off, it would be off for the training thread too."""
+    calls: list[str] = []
+    monkeypatch.setattr(gc, "disable", lambda: calls.append(threading.current_thread().name))
+    save(Saver(tmp_path), 100)
+    assert calls == []
+    read_manifest(tmp_path)
+    assert calls == ["MainThread"]
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
