@@ -69,6 +69,14 @@ def test_what_only_opening_shows_is_known_before_a_run(tmp_path: Path) -> None:
     assert "holds no tokens" in second
 
 
+def test_validation_on_training_data_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tokens(tmp_path / "a", [[1, 2]])
+    monkeypatch.chdir(tmp_path)
+    config = DataConfig(sources=[{"name": "s", "path": path}], validation=[{"name": "v", "path": "a.bin"}])
+    (problem,) = config.problems()
+    assert "data.validation 'v': a is also what source 's' trains on" in problem
+
+
 def test_no_sources_is_a_problem() -> None:
     assert "no source to train on" in DataConfig().problems()[0]
 

@@ -182,6 +182,28 @@ def test_existing_outputs_are_replaced_only_when_asked(tmp_path: Path, lines: st
     assert run(tmp_path, lines, overwrite=True).documents == 120
 
 
+def test_what_was_held_out_is_not_trained_on_later(tmp_path: Path, lines: str) -> None:
+    run(tmp_path, lines, validation_share=0.25)
+    with pytest.raises(
+        ValueError, match=r"out-validation was held out of the same inputs.*--validation-share"
+    ):
+        run(tmp_path, lines, overwrite=True)
+    other = write_lines(tmp_path / "other.jsonl", ["x"])
+    with pytest.raises(ValueError, match="was held out of the same inputs"):  # of the out that goes
+        run(tmp_path, other, overwrite=True)
+    run(tmp_path, lines, validation_share=0.5, overwrite=True)
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"out-validation{suffix}").unlink()
+    assert run(tmp_path, lines, overwrite=True).documents == 120
+
+
+def test_a_validation_set_of_its_own_making_may_stand_beside(tmp_path: Path, lines: str) -> None:
+    run(tmp_path, write_lines(tmp_path / "other.jsonl", ["x"]), output="out-validation")
+    run(tmp_path, lines)
+    run(tmp_path, lines, overwrite=True)
+    assert texts(tmp_path / "out-validation") == ["x"]
+
+
 def test_somebody_elses_json_is_never_replaced(tmp_path: Path, lines: str) -> None:
     (tmp_path / "out.json").write_text("{}")
     with pytest.raises(ValueError, match="not written by ratoon"):
@@ -202,7 +224,7 @@ def test_a_worker_that_dies_ends_the_run(tmp_path: Path, lines: str, monkeypatch
     def kill_a_worker(report: PrepareReport) -> None:
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
 
-    with pytest.raises(ValueError, match="a worker was ended from outside"):
+    with pytest.raises(ValueError, match=r"a worker was ended from outside.*in\.jsonl.*fewer --workers"):
         prepare(PrepareOptions((lines,), str(tmp_path / "out"), workers=2), kill_a_worker)
     assert os.listdir(tmp_path) == ["in.jsonl"]
 

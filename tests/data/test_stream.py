@@ -193,6 +193,18 @@ def test_other_data_under_the_same_name_start_over(
     assert "source 'code' has" in caplog.text
 
 
+def test_another_tokenizer_cannot_go_on(entries: dict[str, Any]) -> None:
+    state = build(entries).state(5)
+    with pytest.raises(ValueError, match=r"data\.tokenizer.*data\.eod.*weights_only = true"):
+        build(entries, eod="w7", state=state)
+
+
+def test_a_state_that_does_not_know_its_tokenizer_is_accepted(entries: dict[str, Any]) -> None:
+    state = build(entries).state(5)
+    del state["tokenizer"]
+    assert_same(gather(build(entries, state=state), 5), gather(build(entries), 5))
+
+
 def held(entries: dict[str, Any], global_batch: int = 4) -> ValidationStream:
     return ValidationStream(DataConfig(**entries), "held", global_batch=global_batch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +77,13 @@ class DataConfig(Settings):
         for section, entries in (("sources", self.sources), ("validation", self.validation)):
             for entry in entries:
                 found += [f"data.{section} {entry.name!r}: {text}" for text in _pair_problems(entry.path)]
+        sources = {os.path.realpath(entry.path): entry.name for entry in self.sources}
+        for held_out in self.validation:
+            if trained := sources.get(os.path.realpath(held_out.path)):
+                found.append(
+                    f"data.validation {held_out.name!r}: {held_out.path} is also what source {trained!r} "
+                    "trains on; hold documents out with: ratoon data prepare --validation-share"
+                )
         if self.tokenizer != "bytes" and not Path(self.tokenizer).exists():
             found.append(
                 f"data.tokenizer: {self.tokenizer} does not exist; expected 'bytes', a tokenizer.json, a "

@@ -26,6 +26,8 @@ class Position:
     """tokens in one epoch, by source"""
     starts: dict[str, int]
     """tokens already read when the mixture began, by source"""
+    tokenizer: str
+    """fingerprint of what made the tokens"""
     first_step: int = 0
     """step at which the mixture began"""
 
@@ -37,9 +39,11 @@ class Position:
         global_batch: int,
         weights: dict[str, float],
         sizes: dict[str, int],
+        tokenizer: str,
     ) -> Position:
         """The position of a run that has read nothing."""
-        return Position(seed, sequence_length, global_batch, weights, sizes, dict.fromkeys(weights, 0))
+        starts = dict.fromkeys(weights, 0)
+        return Position(seed, sequence_length, global_batch, weights, sizes, starts, tokenizer)
 
     def state(self, step: int, counts: Sequence[int]) -> dict[str, Any]:
         """What a checkpoint before `step` keeps, as JSON.
@@ -55,6 +59,7 @@ class Position:
             "sequence_length": self.sequence_length,
             "global_batch": self.global_batch,
             "mixture_step": self.first_step,
+            "tokenizer": self.tokenizer,
             "sources": [
                 {
                     "name": name,
@@ -86,7 +91,18 @@ class Position:
         ]
 
     def resume(self, state: Mapping[str, Any]) -> Position:
-        """This run's position when it goes on from `state`."""
+        """This run's position when it goes on from `state`.
+
+        Raises:
+            ValueError: the run of `state` had another tokenizer, so its ids meant other text.
+        """
+        made = state.get("tokenizer", self.tokenizer)  # checkpoints of the first versions do not say
+        if made != self.tokenizer:
+            raise ValueError(
+                f"data.tokenizer: its fingerprint is {self.tokenizer}, that of the checkpoint's run was "
+                f"{made}: the weights have learnt other ids. Set data.tokenizer and data.eod back, or begin "
+                "a new run from the weights alone: checkpoint.load with checkpoint.weights_only = true"
+            )
         saved = {one["name"]: one for one in state["sources"]}
         if state["seed"] != self.seed:
             logger.warning(

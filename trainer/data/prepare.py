@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from trainer.data.corpus import read_sidecar
 from trainer.data.documents import BadRecord, Chunk, parse, read_chunks
 from trainer.data.indexed import token_dtype
 from trainer.data.inputs import Inputs, find_inputs
@@ -27,6 +28,7 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.data.writer import OutputFolder, PairWriter
 
 EXAMPLES = 5
+VALIDATION = "-validation"
 
 
 class BadRecordError(ValueError):
@@ -142,7 +144,7 @@ def prepare(
     tokenizer = load_tokenizer(options.tokenizer, options.eod)
     report = PrepareReport(input_bytes=sum(file.size for file in inputs.files), left_out=inputs.left_out)
     _count_bad(inputs.bad, report, strict=options.strict)
-    prefixes = [options.output] + [options.output + "-validation"] * (options.validation_share > 0)
+    prefixes = [options.output] + [options.output + VALIDATION] * (options.validation_share > 0)
     with OutputFolder(prefixes, overwrite=options.overwrite) as folder:
         writers = [PairWriter(folder.path, prefix, token_dtype(tokenizer.vocab_size)) for prefix in prefixes]
         work = _encode_all(Encoder(tokenizer, options), options, read_chunks(inputs.files))
@@ -177,9 +179,23 @@ def _check(options: PrepareOptions) -> Inputs:
         inputs = find_inputs(options.inputs, options.suffixes, text_key=options.text_key)
     except ValueError as error:
         problems.append(str(error))
+    if not options.validation_share and _held_out_before(options):
+        problems.append(
+            f"{options.output}{VALIDATION} was held out of the same inputs, all of which would now be "
+            "trained on; pass --validation-share to hold documents out again, or remove its .bin, .idx and .json"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     return inputs
+
+
+def _held_out_before(options: PrepareOptions) -> bool:
+    """Whether the validation set beside the output shares inputs with it, as it was or as it will be."""
+    held_out, replaced = read_sidecar(options.output + VALIDATION), read_sidecar(options.output)
+    ours = [*options.inputs, *(replaced.inputs if replaced else ())]
+    return held_out is not None and not set(map(os.path.abspath, ours)).isdisjoint(
+        map(os.path.abspath, held_out.inputs)
+    )
 
 
 def _count(encoded: Encoded, report: PrepareReport) -> None:
@@ -218,17 +234,22 @@ def _encode_all(
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(options.workers, context, _start_worker, (options,))
-    under_way: deque[Future[Encoded]] = deque()
+    under_way: deque[tuple[str, Future[Encoded]]] = deque()  # with the last file of each: a large one is last
     try:
         for chunk in chunks:
-            under_way.append(pool.submit(_work, chunk))
+            under_way.append((chunk.paths[-1], pool.submit(_work, chunk)))
             if len(under_way) >= 4 * options.workers:
-                yield under_way.popleft().result()
+                yield under_way[0][1].result()
+                under_way.popleft()
         while under_way:
-            yield under_way.popleft().result()
+            yield under_way[0][1].result()
+            under_way.popleft()
     except BrokenProcessPool as error:
+        where = f", at {under_way[0][0]} or soon after" if under_way else ""
         raise ValueError(
-            "a worker was ended from outside, perhaps for want of memory; nothing was written, try fewer"
+            f"a worker was ended from outside, perhaps for want of memory{where}; nothing was written. Try "
+            "fewer --workers; split a text of very many megabytes into several files, or into the lines of a "
+            ".jsonl"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -161,7 +161,8 @@ class TokenStream(Batches):
         source goes on from the token that it had reached.
 
         Raises:
-            ValueError: lists everything that is wrong with the files.
+            ValueError: lists everything that is wrong with the files; or the other run's tokenizer was
+                another.
         """
         tokenizer, corpora = open_corpora(config, "sources")
         names = tuple(source.name for source in config.sources)
@@ -177,6 +178,7 @@ class TokenStream(Batches):
             global_batch=global_batch,
             weights=dict(zip(names, weights, strict=True)),
             sizes={name: corpus.num_tokens for name, corpus in zip(names, corpora, strict=True)},
+            tokenizer=tokenizer.fingerprint,
         )
         if state is not None:
             self._position = self._position.resume(state)
