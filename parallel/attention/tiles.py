@@ -2,7 +2,8 @@
 
 A tile is a run of queries and the run of keys they can see. A plain causal batch is one tile for all rows;
 packed documents give tiles of whole documents, so the work is the sum of len^2 and not s^2; a sliding window
-gives tiles along the diagonal, so the work is s * window.
+gives tiles along the diagonal, so the work is s * window. What needs a mask is cut into bands of few queries,
+which all look at one mask: masks take at most 1024 s bytes, and not s^2.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,7 @@ class Tile:
 Plan = list[list[Tile]]  # tiles of each row, in the order of the rank's queries; one list if rows are alike
 
 _plans: PlanCache[Plan] = PlanCache()
+_BAND = 1024  # queries of a masked tile
 _SMALL = 64  # tokens: neighbouring documents share one masked tile up to here, for a call has its own cost
 
 
@@ -76,27 +79,32 @@ def _row_tiles(
             if group.documents > 1:
                 mask = _documents_mask(row, start, end, key_start, window)
             elif key_start < start or (window is not None and end - start > window + 1):
-                mask = _band_mask(end - start, end - key_start, window, row.device)
+                mask = _band_mask(end - start, end - key_start, window, row=row)
             tiles.append(Tile(start, end, key_start, mask))
     return tiles
 
 
 def _documents_mask(row: Tensor, start: int, end: int, key_start: int, window: int | None) -> Tensor:
-    positions = torch.arange(row.numel(), device=row.device)
     return visible(
-        positions[start:end],
-        positions[key_start:end],
+        torch.arange(start, end, device=row.device),
+        torch.arange(key_start, end, device=row.device),
         window,
         query_documents=row[start:end],
         key_documents=row[key_start:end],
     )
 
 
-@lru_cache(maxsize=16)  # the tiles along one diagonal share their mask
-def _band_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Mask of the last `queries` of `keys` tokens of one document."""
-    positions = torch.arange(keys, device=device)
-    return visible(positions[keys - queries :], positions, window)
+def _band_mask(queries: int, keys: int, window: int | None, *, row: Tensor) -> Tensor:
+    """Mask of the last `queries` of `keys` tokens of one document: a corner of the mask all bands share."""
+    most = min(_BAND, row.numel())
+    reach = row.numel() if window is None else min(row.numel(), most + window)
+    return _shared_mask(most, reach, window, row.device)[-queries:, -keys:]
+
+
+@lru_cache(maxsize=2)  # layers with a window and layers without
+def _shared_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+    return mask if window is None else mask.triu_(keys - queries - window)
 
 
 @dataclass(frozen=True)
@@ -132,13 +140,15 @@ def _group_small(segments: Iterable[_Group]) -> Iterator[_Group]:
 
 
 def _bands(group: _Group, window: int | None) -> Iterator[tuple[int, int, int]]:
-    """(start, end, key_start) of the tiles of a group: one, or under a short window a row of them."""
-    if window is None or group.end - group.key_start <= window + 1:
+    """(start, end, key_start) of the tiles of a group: one without a mask, or a row of them."""
+    unlimited = window is None or group.end - group.key_start <= window + 1
+    if unlimited and group.start == group.key_start:
         yield group.start, group.end, group.key_start
         return
-    step = max(window + 1, _SMALL)
+    step = _BAND if window is None else min(max(window + 1, _SMALL), _BAND)
     for start in range(group.start, group.end, step):
-        yield start, min(start + step, group.end), max(group.key_start, start - window)
+        reach = group.key_start if window is None else max(group.key_start, start - window)
+        yield start, min(start + step, group.end), reach
 
 
 def attend_tiles(
@@ -170,34 +180,57 @@ def _attend_row(
     q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float, dropout: float
 ) -> Tensor:
     """q [rows, heads, sq, head_dim], k and v [rows, kv_heads, s, head_dim]."""
+    if sum(tile.end - tile.key_start for tile in tiles if _lacks_groups(q, k, tile.mask)) > k.size(2):
+        k, v = _repeat_groups(q, k, v)  # once, for the tiles overlap
     if len(tiles) == 1 and tiles[0].end - tiles[0].key_start == k.size(2):
         return _attend_tile(q, k, v, tiles[0].mask, scale, dropout)
     sizes = [tile.end - tile.start for tile in tiles]
-    queries = q.split(sizes, dim=2)
     if sum(sizes) == k.size(2) and all(tile.key_start == tile.start for tile in tiles):
-        # The gradient of one split is one concatenation; that of a narrow is a zeroed tensor as long as k.
         keys, values = k.split(sizes, dim=2), v.split(sizes, dim=2)
     else:
-        keys, values = (
-            tuple(whole.narrow(2, tile.key_start, tile.end - tile.key_start) for tile in tiles)
-            for whole in (k, v)
-        )
-    masks = (tile.mask for tile in tiles)
-    outputs = [
-        _attend_tile(qs, ks, vs, mask, scale, dropout)
-        for qs, ks, vs, mask in zip(queries, keys, values, masks, strict=True)
-    ]
+        spans = [(tile.key_start, tile.end) for tile in tiles]
+        keys, values = _Slices.apply(k, spans), _Slices.apply(v, spans)
+    columns = zip(q.split(sizes, dim=2), keys, values, tiles, strict=True)
+    outputs = [_attend_tile(qs, ks, vs, tile.mask, scale, dropout) for qs, ks, vs, tile in columns]
     return torch.cat(outputs, dim=2)
+
+
+class _Slices(torch.autograd.Function):
+    """Overlapping slices along dimension 2, whose gradients are summed in one tensor, at least float32.
+
+    The gradient of a narrow would be, for every tile, a tensor as long as the sequence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.spans, ctx.shape = spans, whole.shape
+        return tuple(whole[:, :, start:end] for start, end in spans)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        dtype = torch.promote_types(grads[0].dtype, torch.float32)
+        total = grads[0].new_zeros(ctx.shape, dtype=dtype)
+        for (start, end), grad in zip(ctx.spans, grads, strict=True):
+            total[:, :, start:end] += grad
+        return total.to(grads[0].dtype), None
+
+
+def _lacks_groups(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel knows no grouped heads (CUDA's for masks and float32): the scores would be kept."""
+    return q.is_cuda and q.size(1) != k.size(1) and (mask is not None or q.dtype == torch.float32)
+
+
+def _repeat_groups(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    repeats = q.size(1) // k.size(1)
+    return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
 
 
 def _attend_tile(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
+    if _lacks_groups(q, k, mask):
+        k, v = _repeat_groups(q, k, v)
     grouped = q.size(1) != k.size(1)
-    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        # CUDA's kernel for masks and float32 knows no grouped heads: torch would materialise the scores.
-        k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
-        grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )

@@ -94,9 +94,10 @@ def test_a_document_begun_before_the_late_span_is_not_grouped_with_the_early_one
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_tiles_hold_each_query_once_with_its_keys(seed: int) -> None:
+def test_tiles_hold_each_query_once_with_its_keys(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
     for _ in range(25):
+        monkeypatch.setattr("parallel.attention.tiles._BAND", draw.choice([7, 1024]))
         ranks = draw.choice([1, 2, 3, 4, 8])
         length = 2 * ranks * draw.choice([1, 3, 8, 16, 24])
         window = draw.choice([None, 0, 5, 40, length])
@@ -105,6 +106,18 @@ def test_tiles_hold_each_query_once_with_its_keys(seed: int) -> None:
             borders = sorted(draw.sample(range(1, length), draw.randint(0, min(12, length - 1))))
             rows.append(torch.bucketize(torch.arange(length), torch.tensor(borders), right=True))
         _check_all_ranks(torch.stack(rows).int(), ranks, window)
+
+
+@pytest.mark.parametrize("window", [None, 5000])
+def test_masks_of_a_long_sequence_take_one_band(window: int | None) -> None:
+    length = 16384
+    masks = {
+        mask.untyped_storage().data_ptr(): mask.untyped_storage().nbytes()
+        for documents in (_documents([length]), _documents([3, 9000, 7381]))
+        for tile in plan_tiles(documents, context_spans(length, 6, 8), window, CPU)[0]
+        if (mask := tile.mask) is not None
+    }
+    assert 0 < sum(masks.values()) <= 1024 * length
 
 
 def test_ring_ranks_have_the_same_work() -> None:
