@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -26,11 +25,3 @@ class MicroBatch:
     """int32 [b, s], number of the document inside its sequence, from 0; padding is a document of its own"""
     sources: Tensor
     """int32 [b, s], index of the source"""
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MicroBatch:
-        """The same micro-batch on `device`."""
-        moved: dict[str, Any] = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in fields(self)
-        }
-        return MicroBatch(**moved)

@@ -181,8 +181,8 @@ def _check(options: PrepareOptions) -> Inputs:
         problems.append(str(error))
     if not options.validation_share and _held_out_before(options):
         problems.append(
-            f"{options.output}{VALIDATION} was held out of the same inputs, all of which would now be "
-            "trained on; pass --validation-share to hold documents out again, or remove its .bin, .idx and .json"
+            f"{options.output}{VALIDATION}.* was held out of the same inputs, all of which would now be "
+            "trained on; pass --validation-share to hold documents out again, or remove these files"
         )
     if problems:
         raise ValueError("; ".join(problems))
