@@ -166,12 +166,8 @@ def reading(path: Path) -> Iterator[list[str]]:
             marker = stack.enter_context(open(path / COMPLETE, "rb"))
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(marker, fcntl.LOCK_SH)
-        is_there = (path / COMPLETE).exists()
-        yield (
-            []
-            if is_there
-            else [f"{path} has just been removed by the retention of its run: load a newer one"]
-        )
+        gone = f"{path} has just been removed by the retention of its run: load a newer one"
+        yield [] if (path / COMPLETE).exists() else [gone]
 
 
 @contextmanager
@@ -199,11 +195,12 @@ def retire(folder: Path, run: str, *, keep_last: int, keep_every: int | None) ->
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed saves and killed removals have left, but nothing that a live save is writing."""
-    complete = {marker.step for marker in list_complete(folder) if marker.path.name == step_name(marker.step)}
+    complete = list_complete(folder)
+    saved = {(entry.step, entry.run) for entry in complete if entry.path.name == step_name(entry.step)}
     for path in _steps(folder):
         marker = read_marker(path)
         if marker is not None:
-            if ".replaced-" not in path.name or marker.step not in complete:
+            if ".replaced-" not in path.name or (marker.step, marker.run) not in saved:
                 continue
         elif _is_being_written(path):
             continue
