@@ -44,8 +44,3 @@ def context_join(slices: Sequence[Tensor], dim: int) -> Tensor:
         return slices[0]
     early, late = zip(*(part.chunk(2, dim) for part in slices), strict=True)
     return torch.cat([*early, *reversed(late)], dim)
-
-
-def context_positions(length: int, rank: int, size: int, device: torch.device | str | None = None) -> Tensor:
-    """Positions in the whole sequence of the tokens that a rank holds: int64 [length / size]."""
-    return torch.cat([torch.arange(*span, device=device) for span in context_spans(length, rank, size)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -148,12 +148,8 @@ class Layout:
                 f"data.sequence_length = {sequence_length} is not a multiple of {share} "
                 f"({', '.join(reasons)}): use {-(-sequence_length // share) * share}"
             )
-        if self.context > 1 and self.context_kind == "a2a" and (heads // self.tensor) % self.context:
-            found.append(
-                f"context_kind = a2a splits the {heads // self.tensor} heads of a tensor rank over context = "
-                f"{self.context}, which does not divide them: use context_kind = p2p or all_gather, or a "
-                "divisor"
-            )
+        problem = context_kind_problem(self.context_kind, heads // self.tensor, self.context)
+        found += [problem] if problem else []
         return found
 
     def _expert_problems(self, world_size: int | None, num_experts: int | None) -> list[str]:
@@ -180,6 +176,19 @@ class Layout:
                 "dispatches each token from one tensor rank"
             )
         return found
+
+
+def context_kind_problem(kind: str, heads: int, context: int) -> str | None:
+    """Why this kind of context parallelism cannot run with so many query heads on a tensor rank, or None."""
+    kinds = get_args(ContextKind)
+    if kind not in kinds:
+        return f"context_kind = {kind} is unknown: use one of {', '.join(kinds)}"
+    if kind == "a2a" and heads % context:
+        return (
+            f"context_kind = a2a splits the {heads} heads of a tensor rank over context = {context}, "
+            "which does not divide them: use context_kind = p2p or all_gather, or a divisor"
+        )
+    return None
 
 
 def _indivisible(name: str, value: int, key: str, degree: int) -> str:

@@ -21,17 +21,6 @@ def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return context_join(gathered.unbind(0), dim=0)
 
 
-def ulysses_problem(query_heads_per_rank: int, cp: int) -> str | None:
-    """Why context kind "a2a" cannot run with so many query heads on a tensor-parallel rank, or None."""
-    if query_heads_per_rank % cp == 0:
-        return None
-    return (
-        f'context kind "a2a" deals out heads: {query_heads_per_rank} query heads on a tensor-parallel rank '
-        f"are not divisible by context parallelism {cp}. Choose a divisor of {query_heads_per_rank}, less "
-        'tensor parallelism, or another kind ("all_gather", "p2p")'
-    )
-
-
 def replicate_key_heads(tensor: Tensor, cp: int) -> Tensor:
     """Repeat the heads of keys or values [s, b, kv_heads, d] just so often that cp ranks can share them."""
     repeats = cp // math.gcd(tensor.size(2), cp)

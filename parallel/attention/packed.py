@@ -3,11 +3,13 @@
 Transformer Engine knows documents only as one long row of tokens with the places where they begin ("thd").
 This module takes the documents as PortableAttention does, rearranges for Transformer Engine and back, and
 leaves to the portable module what Transformer Engine cannot do under context parallelism: documents, of which
-it wants every single one padded to a multiple of 2 CP, and a sliding window round the ring.
+it wants every single one padded to a multiple of 2 CP, a sliding window round the ring, and the heads of keys
+dealt out to more ranks than there are.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from parallel.attention.mask import PlanCache, document_runs
-from parallel.attention.portable import PortableAttention
+from parallel.attention.portable import PortableAttention, layer_context_kind, layer_window
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -72,6 +74,24 @@ def attend_packed(
     return output.reshape(rows, length, -1).transpose(0, 1).contiguous()
 
 
+def engine_lacks(config: TransformerConfig, kind: str, window: int | None) -> bool:
+    """Whether Transformer Engine cannot run a layer under context parallelism, even without documents.
+
+    Args:
+        config: of the model.
+        kind: of context parallelism in this layer.
+        window: tokens a query of this layer sees before itself; None is no limit.
+    """
+    if config.context_parallel_size == 1:
+        return False
+    if kind == "a2a":
+        key_heads = (
+            config.num_query_groups or config.num_attention_heads
+        ) // config.tensor_model_parallel_size
+        return key_heads % config.context_parallel_size != 0
+    return kind == "p2p" and window is not None
+
+
 def packed_attention() -> type:
     """The class for the core_attention slot; imports Transformer Engine."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -83,12 +103,14 @@ def packed_attention() -> type:
             self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **kwargs: Any
         ) -> None:
             super().__init__(config, layer_number, attn_mask_type, **kwargs)
-            self._portable: PortableAttention | None = None
-            self._always_portable = False
-            if config.context_parallel_size > 1:
-                self._portable = PortableAttention(config, layer_number, attn_mask_type, **kwargs)
-                ring = self._portable.context_kind == "p2p"
-                self._always_portable = ring and self._portable.window is not None
+            self._context_parallel = config.context_parallel_size > 1
+            kind = kwargs.get("cp_comm_type") or layer_context_kind(config, layer_number)
+            self._always_portable = engine_lacks(config, kind, layer_window(config, layer_number))
+            self._build_portable = functools.partial(
+                PortableAttention, config, layer_number, attn_mask_type, **kwargs
+            )
+            # Not before it is needed: it refuses what Transformer Engine can do alone, such as dropout.
+            self._portable = self._build_portable() if self._always_portable else None
 
         def forward(
             self,
@@ -100,7 +122,8 @@ def packed_attention() -> type:
             **kwargs: Any,
         ) -> Tensor:
             documents = attention_mask
-            if self._portable is not None and (documents is not None or self._always_portable):
+            if self._always_portable or (self._context_parallel and documents is not None):
+                self._portable = self._portable or self._build_portable()
                 return self._portable(query, key, value, documents, attn_mask_type)
             if documents is None:
                 return super().forward(query, key, value, None, attn_mask_type, **kwargs)

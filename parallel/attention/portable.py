@@ -20,17 +20,16 @@ from parallel.attention.exchange import (
     heads_to_sequence,
     replicate_key_heads,
     sequence_to_heads,
-    ulysses_problem,
 )
 from parallel.attention.ring import ring_attention
 from parallel.attention.tiles import attend_tiles, plan_tiles
 from parallel.context import context_spans
+from parallel.layout import context_kind_problem
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer import TransformerConfig
 
-CONTEXT_KINDS = ("all_gather", "p2p", "a2a")
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -62,10 +61,10 @@ class PortableAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.context_group: dist.ProcessGroup = pg_collection.cp
-        self.context_kind = cp_comm_type or _layer_kind(config, layer_number)
+        self.context_kind = cp_comm_type or layer_context_kind(config, layer_number)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
-        self.window = _layer_window(config, layer_number)
+        self.window = layer_window(config, layer_number)
         query_heads = max(1, config.num_attention_heads // pg_collection.tp.size())
         problems = self._problems(attn_mask_type, attention_type, query_heads)
         if problems:
@@ -81,17 +80,13 @@ class PortableAttention(MegatronModule):
             )
         if self.config.softmax_type != "vanilla":
             problems.append(f'softmax_type is "{self.config.softmax_type}", expected "vanilla"')
-        if self.context_kind not in CONTEXT_KINDS:
-            problems.append(
-                f'context kind is "{self.context_kind}", expected one of {", ".join(CONTEXT_KINDS)}'
-            )
+        if problem := context_kind_problem(self.context_kind, query_heads, cp):
+            problems.append(problem)
         if cp > 1 and self.dropout > 0:
             problems.append(
                 f"attention_dropout is {self.dropout} with context parallelism {cp}: set it to 0, for the "
                 "kinds of context parallelism would draw different masks"
             )
-        if cp > 1 and self.context_kind == "a2a" and (problem := ulysses_problem(query_heads, cp)):
-            problems.append(problem)
         return problems
 
     def forward(
@@ -183,13 +178,13 @@ class PortableAttention(MegatronModule):
         return heads_to_sequence(attend_tiles(query, key, value, plan, scale=self.scale), group)
 
 
-def _layer_kind(config: TransformerConfig, layer_number: int) -> str:
+def layer_context_kind(config: TransformerConfig, layer_number: int) -> str:
     """The kind for a layer (from 1) whose builder named none; the ring is Transformer Engine's default."""
     kind = config.cp_comm_type or "p2p"
     return kind if isinstance(kind, str) else kind[layer_number - 1]
 
 
-def _layer_window(config: TransformerConfig, layer_number: int) -> int | None:
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
     """Tokens that a query of this layer (from 1) sees before itself; None is no limit."""
     if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
         return None

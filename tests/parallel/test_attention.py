@@ -1,11 +1,12 @@
 """Portable attention against a dense oracle: kinds of context parallelism, masks, groupings of heads."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
-from parallel.attention import CONTEXT_KINDS, ulysses_problem
+from parallel.layout import ContextKind, context_kind_problem
 from tests.parallel.attention_cases import MASKS, Case, build, errors, inputs, oracle
 from tests.ranks import run_ranks
 
@@ -16,6 +17,7 @@ SINGLE = 3e-6
 # bfloat16 rounds at 2^-8: inputs are exact, weights, output and its gradients are each rounded.
 HALF = 2e-2
 
+CONTEXT_KINDS = get_args(ContextKind)
 HEADS = [(8, 8), (8, 2), (4, 1)]
 
 
@@ -108,7 +110,7 @@ def _refusal(kind: str, heads: int, dropout: float) -> str:
 
 def test_all_problems_are_told_at_once() -> None:
     message = run_ranks(_refusal, 2, "a2a", 3, 0.1)[0]
-    assert "3 query heads" in message
+    assert "3 heads" in message
     assert "attention_dropout is 0.1" in message
 
 
@@ -138,4 +140,4 @@ def test_documents_of_another_length_are_refused_with_both_shapes() -> None:
     ("heads", "ranks", "fits"), [(8, 4, True), (6, 4, False), (4, 4, True), (2, 4, False)]
 )
 def test_ulysses_needs_query_heads_divisible_by_ranks(heads: int, ranks: int, fits: bool) -> None:
-    assert (ulysses_problem(heads, ranks) is None) == fits
+    assert (context_kind_problem("a2a", heads, ranks) is None) == fits

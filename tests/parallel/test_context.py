@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-from parallel.context import context_join, context_positions, context_slice
+from parallel.context import context_join, context_slice
 from tests.ranks import run_ranks
 
 
@@ -15,11 +15,6 @@ def test_join_undoes_slices(size: int, dim: int) -> None:
     whole = torch.randn(16, 24, 3)
     slices = [context_slice(whole, dim, rank, size) for rank in range(size)]
     assert torch.equal(context_join(slices, dim), whole)
-
-
-def test_positions_are_the_slice_of_all_positions() -> None:
-    for rank in range(4):
-        assert torch.equal(context_positions(32, rank, 4), context_slice(torch.arange(32), 0, rank, 4))
 
 
 def _megatron_slice(tokens: torch.Tensor) -> torch.Tensor:
