@@ -3,13 +3,16 @@
 Ring attention (Liu, Zaharia and Abbeel 2023, section 3) over zig-zag slices: at every step each rank has
 about the same work, since blocks that no query sees are skipped. Blocks are merged by their log-sum-exp, and
 the backward recomputes the scores from it (FlashAttention: Dao et al. 2022, section 3.1, appendix B.4), all
-in float32 at least.
+in float32 at least. The queries of a block go in bands, so that one tensor of scores takes at most 256 MiB
+(forward holds one, backward two).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -19,6 +22,9 @@ from torch import Tensor
 from parallel.attention.mask import PlanCache, visible
 from parallel.context import context_spans
 
+Band = tuple[EllipsisType, slice, slice]  # the last two dimensions: queries, and all of the other
+_SCORES = 2**28  # bytes of a tensor of scores
+
 
 @dataclass(frozen=True)
 class Block:
@@ -27,6 +33,10 @@ class Block:
     query: int
     key: int
     mask: Tensor | None  # bool, broadcasts to [b, kv_heads, group, queries, keys]; None is all
+
+    def of(self, band: Band) -> Tensor | None:
+        """The mask of a band of the queries."""
+        return None if self.mask is None else self.mask[band]
 
 
 Plan = tuple[tuple[Block, ...], ...]  # blocks of every step of the ring
@@ -130,11 +140,9 @@ class _Ring(torch.autograd.Function):
             pending = _pass_on(pair, group) if step + 1 < len(plan) else None
             k, v = (_halves(tensor, key.size(2)) for tensor in pair)
             for block in blocks:
-                i, j = block.query, block.key
-                scores = _scores(q[i], k[j], block.mask, scale)
-                merged = torch.logaddexp(lse[i], scores.logsumexp(-1, keepdim=True))
-                out[i].mul_((lse[i] - merged).exp_()).add_(scores.sub_(merged).exp_() @ v[j])
-                lse[i] = merged
+                i, (kj, vj) = block.query, (half[block.key].flatten(2, 3) for half in (k, v))
+                for band in _bands(q[i], kj):
+                    _merge(q[i][band], kj, vj, out[i][band], lse[i][band], mask=block.of(band), scale=scale)
             pair = pending.wait() if pending else pair
         output = _join(out, query)
         ctx.save_for_backward(query, key, value, output, *lse)
@@ -156,11 +164,14 @@ class _Ring(torch.autograd.Function):
             dk, dv = (torch.zeros(2, *k[0].shape, dtype=k[0].dtype, device=k[0].device) for _ in range(2))
             for block in blocks:
                 i, j = block.query, block.key
-                p = _scores(q[i], k[j], block.mask, ctx.scale).sub_(lse[i]).exp_()
-                dv[j] += p.transpose(-1, -2) @ do[i]
-                ds = (do[i] @ v[j].transpose(-1, -2)).sub_(delta[i]).mul_(p).mul_(ctx.scale)
-                dq[i] += ds @ k[j]
-                dk[j] += ds.transpose(-1, -2) @ q[i]
+                kj, vj, dkj, dvj = (half[j].flatten(2, 3) for half in (k, v, dk, dv))  # views
+                for band in _bands(q[i], kj):
+                    qb, ob, lb, db = (half[i][band].flatten(2, 3) for half in (q, do, lse, delta))
+                    p = _scores(q[i][band], kj, block.of(band), ctx.scale).sub_(lb).exp_()
+                    dvj += p.transpose(-1, -2) @ ob
+                    ds = (ob @ vj.transpose(-1, -2)).sub_(db).mul_(p).mul_(ctx.scale)
+                    dq[i][band] += (ds @ kj).view_as(q[i][band])
+                    dkj += ds.transpose(-1, -2) @ qb
             travelling = torch.stack((dk, dv))
             if home:  # what the ranks before this one found for the same keys and values
                 travelling += home.wait()
@@ -172,27 +183,44 @@ class _Ring(torch.autograd.Function):
 
 
 def _halves(tensor: Tensor, kv_heads: int) -> list[Tensor]:
-    """[s, b, heads, d] as two halves [b, kv_heads, group * s/2, d], at least float32."""
+    """[s, b, heads, d] as two halves [b, kv_heads, group, s/2, d], at least float32."""
     s, b, heads, dim = tensor.shape
     inner = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     split = inner.view(2, s // 2, b, kv_heads, heads // kv_heads, dim)
-    return list(split.permute(0, 2, 3, 4, 1, 5).reshape(2, b, kv_heads, -1, dim).unbind(0))
+    return list(split.permute(0, 2, 3, 4, 1, 5).contiguous().unbind(0))
 
 
 def _join(halves: list[Tensor], like: Tensor) -> Tensor:
     """The inverse of `_halves`, in the shape and dtype of `like`."""
-    s, b, _, dim = like.shape
-    split = torch.stack(halves).view(2, b, halves[0].size(1), -1, s // 2, dim)
-    return split.permute(0, 4, 1, 2, 3, 5).reshape(like.shape).to(like.dtype)
+    return torch.stack(halves).permute(0, 4, 1, 2, 3, 5).reshape(like.shape).to(like.dtype)
+
+
+def _bands(q: Tensor, k: Tensor) -> Iterator[Band]:
+    """Bands of the queries [b, kv_heads, group, queries, d], each with few enough scores over the keys."""
+    queries = q.size(3)
+    row = q.size(0) * q.size(1) * q.size(2) * k.size(2) * q.element_size()
+    step = max(1, _SCORES // row)
+    for start in range(0, queries, step):
+        yield ..., slice(start, min(start + step, queries)), slice(None)
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Scaled scores [b, kv_heads, group * queries, keys], -inf where the mask is false."""
-    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    scores = (q.flatten(2, 3) @ k.transpose(-1, -2)).mul_(scale)
     if mask is not None:
-        keys = k.size(-2)
-        scores.view(*scores.shape[:2], -1, keys, keys).masked_fill_(~mask, -torch.inf)
+        scores.view(*q.shape[:4], -1).masked_fill_(~mask, -torch.inf)
     return scores
+
+
+def _merge(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, mask: Tensor | None, scale: float
+) -> None:
+    """Attend to one block of keys, and add it to `out` and `lse` in place."""
+    scores = _scores(q, k, mask, scale)
+    merged = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True).view_as(lse))
+    weighted = scores.sub_(merged.flatten(2, 3)).exp_() @ v
+    out.mul_((lse - merged).exp_()).add_(weighted.view_as(out))
+    lse.copy_(merged)
 
 
 class _Pending:

@@ -141,3 +141,11 @@ def test_documents_of_another_length_are_refused_with_both_shapes() -> None:
 )
 def test_ulysses_needs_query_heads_divisible_by_ranks(heads: int, ranks: int, fits: bool) -> None:
     assert (context_kind_problem("a2a", heads, ranks) is None) == fits
+
+
+@pytest.mark.parametrize("kind", CONTEXT_KINDS)
+def test_bands_of_queries_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parallel.attention.tiles._BAND", 7)
+    monkeypatch.setattr("parallel.attention.ring._SCORES", 5 * 8 * 24 * 8 * 3)  # 5 rows of 8 heads, 24 keys
+    for mask in ("causal", "documents", "window"):
+        assert not _too_large(run_ranks(_all_groupings, 2, MASKS[mask], kind, torch.float64), TIGHT)
