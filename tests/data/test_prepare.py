@@ -88,7 +88,8 @@ def test_compressed_lines_read_the_same(tmp_path: Path, lines: str, suffix: str)
     halves = plain[:1000], plain[1000:]  # two members or frames in one file, as concatenation leaves them
     pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
     packed = tmp_path / f"packed.jsonl{suffix}"
-    packed.write_bytes(b"".join(map(pack, halves)))
+    padding = b"\0" * 600  # more than one piece
+    packed.write_bytes(pack(halves[0]) + padding + pack(halves[1]) + padding)
     report = run(tmp_path, packed)
     assert texts(tmp_path / "out") == TEXTS
     assert report.read_bytes == packed.stat().st_size

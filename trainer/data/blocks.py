@@ -51,18 +51,20 @@ def read_blocks(file: IO[bytes], path: str) -> Iterator[bytes]:
 
 
 def _decompress(file: IO[bytes], start_frame: Callable[[], Decoder]) -> Iterator[bytes]:
-    decoder: Decoder | None = None
+    decoder = start_frame()
+    begun = False
     while data := file.read(COMPRESSED_BLOCK_BYTES):
+        begun = True
         while data:
-            if decoder is None:
+            if decoder.eof:
+                data = data.lstrip(b"\0")  # padding, as tapes leave it; no frame begins with a zero
+                if not data:
+                    break
                 decoder = start_frame()
             if content := decoder.decompress(data):
                 yield content
             data = decoder.unused_data
-            if decoder.eof:
-                decoder = None
-                data = data.lstrip(b"\0")  # gzip files may be padded with zeros, and no frame begins with one
-    if decoder is not None:
+    if begun and not decoder.eof:
         raise EOFError("ends in the middle of a frame")
 
 
