@@ -129,7 +129,7 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
         stream=_open_stream(config, loaded),
         schedule=plan,
         anchor=plan.begin(),
-        saver=_open_saver(config, mesh),
+        saver=_open_saver(config, mesh, run_id=loaded.run_id if loaded is not None and same_run else None),
         step=0,
         lr=0.0,
         resumed=same_run,
@@ -167,7 +167,8 @@ def _execution(config: RunConfig) -> Execution:
     )
 
 
-def _open_saver(config: RunConfig, mesh: Mesh) -> Saver:
+def _open_saver(config: RunConfig, mesh: Mesh, *, run_id: str | None) -> Saver:
+    """The saver; `run_id` says whose old checkpoints are its own to remove, None starts a new run."""
     return Saver(
         config.run.checkpoints,
         rank=mesh.rank,
@@ -175,6 +176,7 @@ def _open_saver(config: RunConfig, mesh: Mesh) -> Saver:
         keep_last=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         background=config.checkpoint.background,
+        run_id=run_id,
     )
 
 
