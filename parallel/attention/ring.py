@@ -10,38 +10,15 @@ in float32 at least. The queries of a block go in bands, so that one tensor of s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from types import EllipsisType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.attention.mask import PlanCache, visible
-from parallel.context import context_spans
+from parallel.attention.blocks import Band, Plan, ring_plan
 
-Band = tuple[EllipsisType, slice, slice]  # the last two dimensions: queries, and all of the other
 _SCORES = 2**28  # bytes of a tensor of scores
-
-
-@dataclass(frozen=True)
-class Block:
-    """Half `query` of this rank's queries sees (some of) half `key` of the keys passing by."""
-
-    query: int
-    key: int
-    mask: Tensor | None  # bool, broadcasts to [b, kv_heads, group, queries, keys]; None is all
-
-    def of(self, band: Band) -> Tensor | None:
-        """The mask of a band of the queries."""
-        return None if self.mask is None else self.mask[band]
-
-
-Plan = tuple[tuple[Block, ...], ...]  # blocks of every step of the ring
-
-_plans: PlanCache[Plan] = PlanCache()
 
 
 def ring_attention(
@@ -69,56 +46,9 @@ def ring_attention(
         [s/cp, b, heads, head_dim]
     """
     length, rank, size = query.size(0) * group.size(), group.rank(), group.size()
-    where = (length, rank, size, window, query.device)
-    if documents is None:
-        plan = _plan_one_document(*where)
-    else:
-        plan = _plans.get(documents, where, lambda: _plan(*where, documents))
+    plan = ring_plan(length, rank, size, window, query.device, documents)
     output: Tensor = _Ring.apply(query, key, value, plan, group, scale)
     return output
-
-
-@lru_cache(maxsize=8)
-def _plan_one_document(length: int, rank: int, size: int, window: int | None, device: torch.device) -> Plan:
-    return _plan(length, rank, size, window, device, None)
-
-
-def _plan(
-    length: int, rank: int, size: int, window: int | None, device: torch.device, documents: Tensor | None
-) -> Plan:
-    spans = context_spans(length, rank, size)
-    steps = []
-    for step in range(size):
-        sources = context_spans(length, (rank - step) % size, size)
-        blocks = []
-        for query, query_span in enumerate(spans):
-            for key, key_span in enumerate(sources):
-                seen = _block_mask(query_span, key_span, window, device=device, documents=documents)
-                if seen.all():
-                    blocks.append(Block(query, key, None))
-                elif seen.any():
-                    blocks.append(Block(query, key, seen))
-        # The diagonal first: it leaves every query a finite log-sum-exp to merge the others into.
-        steps.append(tuple(sorted(blocks, key=lambda block: block.query != block.key)))
-    return tuple(steps)
-
-
-def _block_mask(
-    queries: tuple[int, int],
-    keys: tuple[int, int],
-    window: int | None,
-    *,
-    device: torch.device,
-    documents: Tensor | None,
-) -> Tensor:
-    positions = torch.arange(*queries, device=device), torch.arange(*keys, device=device)
-    if documents is None:
-        return visible(*positions, window)
-    rows = documents.to(device)
-    seen = visible(
-        *positions, window, query_documents=rows[:, slice(*queries)], key_documents=rows[:, slice(*keys)]
-    )
-    return seen[:, None, None]
 
 
 class _Ring(torch.autograd.Function):
@@ -142,7 +72,7 @@ class _Ring(torch.autograd.Function):
             for block in blocks:
                 i, (kj, vj) = block.query, (half[block.key].flatten(2, 3) for half in (k, v))
                 for band in _bands(q[i], kj):
-                    _merge(q[i][band], kj, vj, out[i][band], lse[i][band], mask=block.of(band), scale=scale)
+                    _merge(q[i][band], kj, vj, out[i][band], lse[i][band], mask=block.mask(band), scale=scale)
             pair = pending.wait() if pending else pair
         output = _join(out, query)
         ctx.save_for_backward(query, key, value, output, *lse)
@@ -167,7 +97,7 @@ class _Ring(torch.autograd.Function):
                 kj, vj, dkj, dvj = (half[j].flatten(2, 3) for half in (k, v, dk, dv))  # views
                 for band in _bands(q[i], kj):
                     qb, ob, lb, db = (half[i][band].flatten(2, 3) for half in (q, do, lse, delta))
-                    p = _scores(q[i][band], kj, block.of(band), ctx.scale).sub_(lb).exp_()
+                    p = _scores(q[i][band], kj, block.mask(band), ctx.scale).sub_(lb).exp_()
                     dvj += p.transpose(-1, -2) @ ob
                     ds = (ob @ vj.transpose(-1, -2)).sub_(db).mul_(p).mul_(ctx.scale)
                     dq[i][band] += (ds @ kj).view_as(q[i][band])

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from parallel.attention.blocks import plan_blocks
 from parallel.attention.mask import PlanCache, document_runs, visible
-from parallel.attention.ring import _plan as plan_ring
 from parallel.attention.tiles import Plan, Spans, plan_tiles
 from parallel.context import context_spans
 
@@ -121,15 +121,47 @@ def test_masks_of_a_long_sequence_take_one_band(window: int | None) -> None:
 
 
 def test_ring_ranks_have_the_same_work() -> None:
-    blocks = [sum(map(len, plan_ring(64, rank, 4, None, CPU, None))) for rank in range(4)]
+    blocks = [sum(map(len, plan_blocks(64, rank, 4, None, CPU, None))) for rank in range(4)]
     assert blocks == [9, 9, 9, 9]  # 36 of the 64 blocks of an 8 x 8 triangle, in four equal parts
 
 
 def test_ring_skips_blocks_outside_window_and_document() -> None:
     halves = _documents([32, 32])
     for rank in range(4):
-        steps = plan_ring(64, rank, 4, 7, CPU, halves)
+        steps = plan_blocks(64, rank, 4, 7, CPU, halves)
         assert sum(map(len, steps)) <= 4  # each of two halves sees itself and at most the chunk before it
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ring_blocks_hold_what_each_query_sees(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(25):
+        ranks = draw.choice([2, 3, 4])
+        length = 2 * ranks * draw.choice([1, 2, 8])
+        borders = sorted(draw.sample(range(1, length), draw.randint(0, 3)))
+        row = torch.bucketize(torch.arange(length), torch.tensor(borders), right=True)
+        window = draw.choice([None, 0, 3, length // 2, length])
+        documents = draw.choice([None, torch.stack([row, row.flip(0)]).int()])
+        _check_ring(documents, length, ranks, window)
+
+
+def _check_ring(documents: torch.Tensor | None, length: int, ranks: int, window: int | None) -> None:
+    chunk = length // (2 * ranks)
+    found = torch.zeros(2, length, length, dtype=torch.bool)
+    for rank in range(ranks):
+        for step, blocks in enumerate(plan_blocks(length, rank, ranks, window, CPU, documents)):
+            own, passing = (context_spans(length, r % ranks, ranks) for r in (rank, rank - step))
+            for block in blocks:
+                queries, keys = slice(*own[block.query]), slice(*passing[block.key])
+                mask = block.mask((..., slice(0, chunk), slice(None)))
+                seen = torch.ones(1, dtype=torch.bool) if mask is None else mask
+                assert seen.any()
+                assert mask is None or not seen.all()
+                found[:, queries, keys] = seen.view(-1, chunk, chunk) if seen.dim() > 2 else seen
+    positions = torch.arange(length)
+    numbers = torch.zeros(2, length, dtype=torch.int32) if documents is None else documents
+    exact = visible(positions, positions, window, query_documents=numbers, key_documents=numbers)
+    assert torch.equal(found, exact)
 
 
 def test_every_pair_is_seen_when_nothing_hides_it() -> None:
