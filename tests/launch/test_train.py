@@ -41,7 +41,7 @@ path = "prose"
 
 [[data.validation]]
 name = "held-out"
-path = "prose"
+path = "held-out"
 
 [train]
 steps = 3
@@ -61,8 +61,9 @@ PATIENCE = 120.0  # seconds on a busy machine; it takes five on a quiet one
 @pytest.fixture
 def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prose.txt").write_text("\n".join(topics[name] for name in list(topics)[:8]))
-    prepare(PrepareOptions(inputs=("prose.txt",), output="prose"))
+    for name, part in (("prose", slice(8)), ("held-out", slice(8, 12))):
+        (tmp_path / f"{name}.txt").write_text("\n".join(topics[topic] for topic in list(topics)[part]))
+        prepare(PrepareOptions(inputs=(f"{name}.txt",), output=name))
     path = Path("run.toml")
     path.write_text(RUN)
     return path
