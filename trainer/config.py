@@ -103,6 +103,11 @@ def starting_checkpoint(config: RunConfig) -> Path | None:
     return resolve_folder(config.checkpoint.load)
 
 
+def resumes_itself(config: RunConfig, path: Path) -> bool:
+    """Whether the checkpoint that the run starts from is its own, so that whatever it decided stays."""
+    return config.checkpoint.resume and path.parent == config.run.checkpoints
+
+
 def config_toml(config: RunConfig) -> str:
     """The run file that loads as `config`."""
     return to_toml(config.model_dump(mode="json", exclude_none=True))
@@ -196,7 +201,7 @@ def _start_problems(config: RunConfig, path: Path) -> list[str]:
 
     _, manifest = read_manifest(path)
     plan = schedule(config)
-    same_run = config.checkpoint.resume and path.parent == config.run.checkpoints
+    same_run = resumes_itself(config, path)
     if config.checkpoint.weights_only and not same_run:
         return plan.problems()
     if same_run and manifest.step >= config.train.steps:

@@ -19,7 +19,7 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.random_state import get_random_state, set_random_state
 from trainer.build import build_engine, execution_here
-from trainer.config import RunConfig, architecture, schedule, starting_checkpoint
+from trainer.config import RunConfig, architecture, resumes_itself, schedule, starting_checkpoint
 from trainer.data.batch import MicroBatch
 from trainer.data.stream import TokenStream
 from trainer.model.architecture import Architecture
@@ -117,7 +117,7 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
     path = _agreed_checkpoint(config)
     length, seed = config.data.sequence_length, config.run.seed if path is None else None
     engine = build_engine(mesh, model, config.optimizer, execution, sequence_length=length, seed=seed)
-    same_run = path is not None and config.checkpoint.resume and path.parent == config.run.checkpoints
+    same_run = path is not None and resumes_itself(config, path)
     loaded = _load(config, engine, path, weights_only=config.checkpoint.weights_only and not same_run)
     plan = schedule(config)
     session = Session(
