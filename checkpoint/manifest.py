@@ -18,6 +18,8 @@ from checkpoint.boxes import Box
 
 FORMAT = "ratoon-checkpoint"
 VERSION = 1  # raised when an older reader would misread what is written
+AVERAGE_VERSION = 2  # has tensors to average, of which a reader of version 1 would take one copy
+READABLE = (VERSION, AVERAGE_VERSION)
 MANIFEST = "manifest.json"
 TENSORS = b'"tensors":[\n'  # then a line a tensor, then a line that ends it all
 
@@ -69,13 +71,22 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """One state ("weight", "master", "exp_avg", ...) of one layout-free parameter, and its pieces."""
+    """One state ("weight", "master", "exp_avg", ...) of one layout-free parameter, and its pieces.
+
+    Attributes:
+        pieces: every element exactly once.
+        replicas: further copies, which should be equal bit for bit; one that several ranks held in part only
+            may lack elements.
+        average: the value is the mean, taken in fp32, of the pieces and of every replica.
+    """
 
     name: str
     state: str
     shape: tuple[int, ...]
     dtype: str
     pieces: tuple[Piece, ...]
+    replicas: tuple[tuple[Piece, ...], ...] = ()
+    average: bool = False
 
     @property
     def numel(self) -> int:
@@ -99,7 +110,8 @@ class Manifest:
     """A checkpoint without its payload.
 
     `state` holds what is not a tensor and is JSON: by convention under the keys `parameter_groups`,
-    `scalars`, `schedule`, `data` (the position), `config`, `layout`, `versions` and `lineage`.
+    `scalars`, `schedule`, `data` (the position), `config`, `layout`, `versions` and `lineage`; that of
+    another trainer's checkpoint as `checkpoint.assemble` says.
     """
 
     step: int
@@ -119,12 +131,17 @@ class Manifest:
     def with_tensors(self, tensors: Iterable[LogicalTensor]) -> bytes:
         """The JSON of this manifest with other tensors, of which only one has to exist at a time."""
         files: dict[str, int] = {}
-        lines = ",\n".join(_dumps(_tensor_to_json(tensor, files)) for tensor in tensors)
+        version = VERSION
+        texts = []
+        for tensor in tensors:
+            version = AVERAGE_VERSION if tensor.average else version
+            texts.append(_dumps(_tensor_to_json(tensor, files)))
+        lines = ",\n".join(texts)
         blobs = [
             [b.rank, b.name, files.setdefault(b.file, len(files)), b.start, b.num_bytes, b.hash]
             for b in self.rank_blobs
         ]
-        head = {"format": FORMAT, "version": VERSION, "step": self.step, "world_size": self.world_size}
+        head = {"format": FORMAT, "version": version, "step": self.step, "world_size": self.world_size}
         parts = [
             _dumps(head)[:-1],
             f'"state":{_dumps(self.state)}',
@@ -152,10 +169,10 @@ class Manifest:
     def _from_tree(cls, tree: Any, source: str) -> Manifest:
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise ValueError(f'{source} is not a Ratoon manifest: "format" should be "{FORMAT}"')
-        if tree.get("version") != VERSION:
+        if tree.get("version") not in READABLE:
             raise ValueError(
-                f"{source} has format version {tree.get('version')}, this Ratoon reads version {VERSION}: "
-                "install the Ratoon that wrote it, or a newer one"
+                f"{source} has format version {tree.get('version')}, this Ratoon reads versions "
+                f"{', '.join(map(str, READABLE))}: install the Ratoon that wrote it, or a newer one"
             )
         try:
             files = tree["files"]
@@ -191,36 +208,46 @@ def _dumps(value: Any) -> str:
 
 
 def _tensor_to_json(tensor: LogicalTensor, files: dict[str, int]) -> dict[str, Any]:
-    rows = []
-    for piece in tensor.pieces:
-        row: list[Any] = [
-            files.setdefault(piece.file, len(files)),
-            piece.start,
-            piece.box.offset,
-            piece.box.size,
-            piece.hash,
-        ]
-        if piece.dtype != tensor.dtype or piece.strides is not None:
-            row.append({"dtype": piece.dtype, "strides": piece.strides})
-        rows.append(row)
-    return {
+    def rows(pieces: Iterable[Piece]) -> list[list[Any]]:
+        return [_piece_to_json(piece, tensor.dtype, files) for piece in pieces]
+
+    entry: dict[str, Any] = {
         "name": tensor.name,
         "state": tensor.state,
         "shape": tensor.shape,
         "dtype": tensor.dtype,
-        "pieces": rows,
+        "pieces": rows(tensor.pieces),
     }
+    if tensor.replicas:
+        entry["replicas"] = [rows(replica) for replica in tensor.replicas]
+    if tensor.average:
+        entry["average"] = True
+    return entry
+
+
+def _piece_to_json(piece: Piece, dtype: str, files: dict[str, int]) -> list[Any]:
+    number = files.setdefault(piece.file, len(files))
+    row: list[Any] = [number, piece.start, piece.box.offset, piece.box.size, piece.hash]
+    if piece.dtype != dtype or piece.strides is not None:
+        row.append({"dtype": piece.dtype, "strides": piece.strides})
+    return row
 
 
 def tensor_from_json(entry: dict[str, Any], files: list[str]) -> LogicalTensor:
     """A tensor from its line of the manifest; `files` are those that the manifest numbers."""
     dtype = entry["dtype"]
+
+    def pieces(rows: list[list[Any]]) -> tuple[Piece, ...]:
+        return tuple([_piece_from_json(row, dtype, files) for row in rows])
+
     return LogicalTensor(
         entry["name"],
         entry["state"],
         tuple(entry["shape"]),
         dtype,
-        tuple(_piece_from_json(row, dtype, files) for row in entry["pieces"]),
+        pieces(entry["pieces"]),
+        tuple([pieces(rows) for rows in entry["replicas"]]) if "replicas" in entry else (),
+        entry.get("average", False),
     )
 
 

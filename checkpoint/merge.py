@@ -34,6 +34,7 @@ def merge(indices: Iterable[bytes]) -> tuple[Iterator[LogicalTensor], tuple[Rank
         source = f"the index of rank {rank}"
         blobs.extend(Manifest.from_json(head + TENSORS + b"]}", source).rank_blobs)
         for tensor in _tensors(head, body):
+            assert not tensor.replicas, f"{source}: a rank writes each box once"
             key = (tensor.name, tensor.state)
             shape, dtype = kinds.setdefault(key, (tensor.shape, tensor.dtype))
             if (shape, dtype) != (tensor.shape, tensor.dtype):

@@ -47,9 +47,33 @@ def test_strides_and_another_dtype_survive() -> None:
     assert odd.num_bytes == 16
 
 
+def tensor_with_replicas(*, average: bool) -> LogicalTensor:
+    def copy(file: str) -> tuple[Piece, ...]:
+        return (
+            Piece(file, 0, "float32", Box((0,), (3,))),
+            Piece(file, 64, "bfloat16", Box((3,), (1,)), "ab" * 8, (2,)),
+        )
+
+    return LogicalTensor("a", "weight", (4,), "float32", copy("x"), (copy("y"), copy("z")), average)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_replicas_survive(average: bool) -> None:
+    whole = Manifest(1, 1, (tensor_with_replicas(average=average),))
+    assert Manifest.from_json(whole.to_json(), "x") == whole
+
+
+def test_only_what_an_older_reader_would_misread_has_the_newer_version() -> None:
+    assert b'"version":1,' in manifest().to_json()
+    replicas = Manifest(1, 1, (tensor_with_replicas(average=False),)).to_json()
+    assert b'"version":1,' in replicas, "without the replicas the tensor is whole"
+    average = Manifest(1, 1, (tensor_with_replicas(average=False), tensor_with_replicas(average=True)))
+    assert b'"version":2,' in average.to_json()
+
+
 def test_a_newer_format_is_refused_with_both_versions() -> None:
-    text = manifest().to_json().replace(b'"version":1', b'"version":2')
-    with pytest.raises(ValueError, match=r"there.json has format version 2, this Ratoon reads version 1"):
+    text = manifest().to_json().replace(b'"version":1', b'"version":3')
+    with pytest.raises(ValueError, match=r"there.json has format version 3, this Ratoon reads versions 1, 2"):
         Manifest.from_json(text, "there.json")
 
 
