@@ -1,0 +1,4 @@
+"""Files of other programs, without their payload: torch.save archives, pickles and safetensors.
+
+Nothing here imports torch, and nothing in a file is executed.
+"""
