@@ -1,0 +1,228 @@
+"""Genuine DeepSpeed checkpoints of the oracle: DeepSpeed itself trains a step on CPU ranks over gloo, gets the
+oracle's numbers planted by its own functions, and saves; and DeepSpeed itself resumes from universal folders.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for while deepspeed is imported
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
+
+from tests.foreign.deepspeed_optimizers import MOMENTS, build_optimizer
+from tests.foreign.oracle import LR, STEP, Oracle
+from tests.ranks import run_ranks
+
+# gloo alone: DeepSpeed's own shared-memory collectives would be compiled first
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+TAG = f"global_step{STEP}"
+SAMPLES = 56
+
+
+@dataclass(frozen=True)
+class Run:
+    """How DeepSpeed trains the oracle.
+
+    Attributes:
+        stage: of ZeRO, 0 for none.
+        optimizer: "adamw", "sgd", "lion" or "muon".
+        frozen: parameters that are not trained: a pattern that some part of the name matches.
+        config: more keys of DeepSpeed's own configuration.
+    """
+
+    stage: int
+    world: int = 2
+    optimizer: str = "adamw"
+    frozen: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(folder: Path, oracle: Oracle, run: Run, **client_state: Any) -> Path:
+    """Write a checkpoint of the oracle into `folder`, and return `folder`."""
+    run_ranks(_save, run.world, str(folder), oracle, run, client_state)
+    return folder
+
+
+@dataclass
+class Resumed:
+    """What DeepSpeed holds after it resumed and made one more update, and the groups' settings before it."""
+
+    states: dict[tuple[str, str], torch.Tensor]
+    groups: list[tuple[set[str], dict[str, Any]]]
+    global_steps: int
+
+
+def load_universal_and_step(folder: Path, oracle: Oracle, run: Run) -> Resumed:
+    """Resume a universal folder by DeepSpeed's own `load_universal`, and step with the oracle's gradients."""
+    return run_ranks(_load_universal_and_step, run.world, str(folder), oracle, run)[0]
+
+
+def resume_and_step(folder: Path, oracle: Oracle, run: Run) -> Resumed:
+    """The same from a checkpoint of DeepSpeed's own, on the layout that saved it."""
+    return run_ranks(_resume_and_step, run.world, str(folder), oracle, run)[0]
+
+
+def build_model(oracle: Oracle) -> torch.nn.Module:
+    """transformers' Llama of the oracle's sizes; its parameters have the logical names."""
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**oracle.huggingface_config(), attn_implementation="eager")
+    return transformers.LlamaForCausalLM(config)
+
+
+def start_engine(oracle: Oracle, run: Run, **more: Any) -> Any:
+    """A DeepSpeed engine over the present process group."""
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    model = build_model(oracle)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (run.frozen and re.search(run.frozen, name)))
+    optimizer = build_optimizer(run.optimizer, model)
+    config = engine_config(oracle, run) | more
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def engine_config(oracle: Oracle, run: Run) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": run.stage} | run.config.get("zero_optimization", {}),
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": oracle.precision == "bf16"},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_max_lr": LR}},
+        **{key: value for key, value in run.config.items() if key != "zero_optimization"},
+    }
+
+
+def named_trained(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((n, p) for n, p in engine.module.named_parameters() if p.requires_grad)
+
+
+def backward(engine: Any, oracle: Oracle) -> None:
+    tokens = torch.arange(8).reshape(1, 8)
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+
+
+def plant(engine: Any, oracle: Oracle, optimizer: str = "adamw") -> None:
+    """Make the engine hold the oracle's numbers; fails where DeepSpeed does not give them back."""
+    link_states(engine)
+    for name, parameter in named_trained(engine):
+        master = oracle.value(name, "master")
+        safe_set_full_fp32_param(parameter, master)
+        assert torch.equal(safe_get_full_fp32_param(parameter), master), name
+        for state, moment in MOMENTS[optimizer].items():
+            value = oracle.value(name, moment)
+            safe_set_full_optimizer_state(parameter, value, state)
+            assert torch.equal(safe_get_full_optimizer_state(parameter, state), value), (name, state)
+    for state in engine.optimizer.optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.tensor(float(STEP)) if torch.is_tensor(state["step"]) else STEP
+    if hasattr(engine.optimizer, "update_lp_params"):
+        engine.optimizer.update_lp_params()
+
+
+def link_states(engine: Any) -> None:
+    """Let DeepSpeed's own functions find the moments: ZeRO 1 and 2 link those of the first group only."""
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def plant_frozen(engine: Any, oracle: Oracle) -> None:
+    frozen = {n: p for n, p in engine.module.named_parameters() if not p.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0):
+        for name, parameter in frozen.items():
+            parameter.data.copy_(oracle.value(name, "weight"))
+
+
+def plant_without_zero(engine: Any, oracle: Oracle) -> None:
+    """ZeRO 0: the base optimizer holds one tensor a parameter, in bf16 beside fp32 masters."""
+    wrapped = hasattr(engine.optimizer, "fp32_groups")
+    base = engine.optimizer.optimizer if wrapped else engine.optimizer
+    names = {id(p): n for n, p in engine.module.named_parameters()}
+    for index, group in enumerate(base.param_groups):
+        models = engine.optimizer.fp16_groups[index] if wrapped else group["params"]
+        for model, master in zip(models, group["params"], strict=True):
+            name = names[id(model)]
+            master.data.copy_(oracle.value(name, "master"))
+            model.data.copy_(oracle.value(name, "weight"))
+            base.state[master] = {
+                "step": torch.tensor(float(STEP)),
+                "exp_avg": oracle.value(name, "exp_avg"),
+                "exp_avg_sq": oracle.value(name, "exp_avg_sq"),
+            }
+
+
+def count_steps(engine: Any) -> None:
+    engine.global_steps, engine.global_samples, engine.skipped_steps = STEP, SAMPLES, 1
+
+
+def _save(folder: str, oracle: Oracle, run: Run, client_state: dict[str, Any]) -> None:
+    engine = start_engine(oracle, run)
+    backward(engine, oracle)
+    engine.step()
+    if run.stage == 0:
+        plant_without_zero(engine, oracle)
+    else:
+        plant(engine, oracle, run.optimizer)
+        plant_frozen(engine, oracle)
+    count_steps(engine)
+    engine.save_checkpoint(folder, tag=TAG, client_state=client_state)
+
+
+def _load_universal_and_step(folder: str, oracle: Oracle, run: Run) -> Resumed:
+    engine = start_engine(oracle, run, checkpoint={"load_universal": True})
+    path, _ = engine.load_checkpoint(folder)
+    assert path is not None, f"DeepSpeed found nothing in {folder}"
+    return _step(engine, oracle)
+
+
+def _resume_and_step(folder: str, oracle: Oracle, run: Run) -> Resumed:
+    engine = start_engine(oracle, run)
+    path, _ = engine.load_checkpoint(folder)
+    assert path is not None, f"DeepSpeed found nothing in {folder}"
+    return _step(engine, oracle)
+
+
+def _step(engine: Any, oracle: Oracle) -> Resumed:
+    names = {id(p): n for n, p in engine.module.named_parameters()}
+    groups = [
+        ({names[id(p)] for p in members}, {k: v for k, v in group.items() if k != "params"})
+        for members, group in zip(
+            _group_members(engine), engine.optimizer.optimizer.param_groups, strict=True
+        )
+    ]
+    backward(engine, oracle)
+    for name, parameter in named_trained(engine):
+        safe_set_full_grad(parameter, oracle.value(name, "grad"))
+    engine.step()
+    link_states(engine)
+    states = {}
+    for name, parameter in named_trained(engine):
+        states[name, "master"] = safe_get_full_fp32_param(parameter).clone()
+        for state in ("exp_avg", "exp_avg_sq"):
+            states[name, state] = safe_get_full_optimizer_state(parameter, state).clone()
+    return Resumed(states, groups, engine.global_steps)
+
+
+def _group_members(engine: Any) -> list[list[torch.nn.Parameter]]:
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "sub_group_to_group_id"):
+        return [list(group) for group in optimizer.bit16_groups]
+    members: list[list[torch.nn.Parameter]] = [[] for _ in optimizer.optimizer.param_groups]
+    for number, sub_group in enumerate(optimizer.fp16_groups):
+        members[optimizer.sub_group_to_group_id[number]] += sub_group
+    return members
