@@ -1,0 +1,139 @@
+"""What torch.distributed.checkpoint (DCP) wrote: its index, and where the bytes of every chunk lie.
+
+A folder holds `.metadata`, the pickle of an index, which is written last, and `__{rank}_{n}.distcp` files. Such
+a file is a concatenation; the index gives offset and length of each item, which is a torch.save archive of its
+own. Tensors are stored as chunks: boxes of the whole tensor. Format: torch/distributed/checkpoint/metadata.py
+and filesystem.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoint.archive.pickles import load_pickle
+from checkpoint.boxes import Box
+
+METADATA = ".metadata"
+SUFFIX = ".distcp"
+
+
+class Stored(NamedTuple):
+    """Where an item lies.
+
+    Attributes:
+        file: relative to the checkpoint's folder.
+        start: first byte of its archive.
+        length: of its archive, in bytes.
+        transforms: what the bytes went through before they were written, such as a compression.
+    """
+
+    file: str
+    start: int
+    length: int
+    transforms: tuple[str, ...] = ()
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor; `stored` is None where the index does not say where it lies."""
+
+    box: Box
+    stored: Stored | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A whole tensor as the index has it; dtype by torch's name without "torch."."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class DcpMetadata:
+    """The index of a checkpoint.
+
+    Attributes:
+        folder: of the checkpoint.
+        tensors: by flattened name, "model.layers.0.wq.weight".
+        items: everything that is no tensor, pickled, by flattened name.
+        paths: flattened name -> keys of the nested state dict ("optim", "state", ...); numbers index lists.
+    """
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+    items: dict[str, Stored]
+    paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[str]:
+        """Every file that items lie in, sorted."""
+        chunks = (chunk.stored for tensor in self.tensors.values() for chunk in tensor.chunks)
+        return sorted({stored.file for stored in (*chunks, *self.items.values()) if stored})
+
+
+def read_dcp_metadata(folder: Path | str) -> DcpMetadata:
+    """The index of a checkpoint, without executing anything that its pickle asks for.
+
+    Raises:
+        ValueError: there is none (the save was not finished), or it is damaged or hostile.
+    """
+    folder = Path(os.path.abspath(folder))
+    file = folder / METADATA
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file}: missing. It is written last, so the save into this folder was not finished: take an older "
+            "checkpoint"
+        ) from None
+    if not content:
+        raise ValueError(f"{file}: is empty (0 bytes): the save was not finished, take an older checkpoint")
+    index = load_pickle(content, str(file))
+    try:
+        return _metadata(folder, index.state)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: is no index of torch.distributed.checkpoint ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _metadata(folder: Path, index: Mapping[str, Any]) -> DcpMetadata:
+    stored: dict[tuple[str, tuple[int, ...] | None], Stored] = {}
+    for key, info in (index["storage_data"] or {}).items():
+        place = info.state
+        transforms = tuple(place.get("transform_descriptors") or ())
+        stored[key.state["fqn"], key.state.get("offset")] = Stored(
+            _inside(place["relative_path"]), place["offset"], place["length"], transforms
+        )
+    tensors: dict[str, StoredTensor] = {}
+    items: dict[str, Stored] = {}
+    for name, entry in index["state_dict_metadata"].items():
+        if entry.name.endswith(".BytesStorageMetadata"):
+            items[name] = stored[name, None]
+        else:
+            tensors[name] = _tensor(name, entry.state, stored)
+    paths = {name: tuple(path) for name, path in (index.get("planner_data") or {}).items()}
+    return DcpMetadata(folder, tensors, items, paths)
+
+
+def _inside(file: str) -> str:
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ValueError(f"it refers to {file}, outside of the checkpoint's folder")
+    return file
+
+
+def _tensor(
+    name: str, entry: Mapping[str, Any], stored: Mapping[tuple[str, tuple[int, ...] | None], Stored]
+) -> StoredTensor:
+    shape = tuple(entry["size"])
+    chunks = []
+    for chunk in entry["chunks"]:
+        box = Box(chunk.state["offsets"], chunk.state["sizes"])
+        place = stored.get((name, box.offset)) or (stored.get((name, None)) if box.size == shape else None)
+        chunks.append(Chunk(box, place))
+    return StoredTensor(entry["properties"].state[0], shape, tuple(chunks))
