@@ -22,7 +22,7 @@ FORMATS = {
     "dcp": "PyTorch DCP: .metadata and *.distcp",
     "huggingface": "Hugging Face: *.safetensors or pytorch_model*.bin, with an index where there are several",
 }
-"""Modules in the order they are asked, formats that look like another one's before that one; what each needs."""
+"""Modules in the order they are asked (a format that looks like another one comes first); what each needs."""
 OWN = "Ratoon: manifest.json, or step-* folders of those"
 SHOWN = 12  # names of a folder in an error
 
