@@ -58,7 +58,7 @@ DTYPES = {
     *("float4_e2m1fn_x2", "qint8", "quint8", "qint32", "quint4x2", "quint2x4"),
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
 }
-_STORAGES = {
+STORAGES = {
     **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16"},
     **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"},
     **{"ComplexDouble": "complex128", "ComplexFloat": "complex64", "Untyped": "uint8"},
@@ -172,8 +172,8 @@ def _torch_type(full: str) -> Any:
     if module == "torch" and name in DTYPES:
         return name
     kind = name.removesuffix("Storage")
-    if module in ("torch", "torch.cuda", "torch.storage") and kind != name and kind in _STORAGES:
-        return StorageType(_STORAGES[kind])
+    if module in ("torch", "torch.cuda", "torch.storage") and kind != name and kind in STORAGES:
+        return StorageType(STORAGES[kind])
     return None
 
 

@@ -1,7 +1,7 @@
 """The header of a safetensors file: https://huggingface.co/docs/safetensors, "Format".
 
-Eight bytes, little-endian, are the length of a JSON object: name -> {dtype, shape, data_offsets}, where offsets
-count from the byte behind the JSON. Everything is checked before it is believed.
+Eight bytes, little-endian, are the length of a JSON object: name -> {dtype, shape, data_offsets}, where
+offsets count from the byte behind the JSON. Everything is checked before it is believed.
 """
 
 from __future__ import annotations
