@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from checkpoint.compose import compose_all
-from checkpoint.joining import Coordinates, Copies, Joined, coordinates
+from checkpoint.joining import Copies, Joined, coordinates
 from checkpoint.manifest import Manifest
 from checkpoint.renaming import Renamed
-from checkpoint.source import Part, Source, SourceTensor, plain_part
+from checkpoint.source import Source, plain_part
 
 if TYPE_CHECKING:
     from checkpoint.language.place import Placed
     from checkpoint.language.spec import Spec
-
-_Parameter = tuple[str, Coordinates]
 
 
 def assemble(source: Source, spec: Spec, *, facts: Mapping[str, int] | None = None) -> Manifest:
@@ -43,20 +42,13 @@ def assemble(source: Source, spec: Spec, *, facts: Mapping[str, int] | None = No
     from checkpoint.language.place import place
 
     known = {**source.facts, **(facts or {})}
-    alike, odd = split_by_shape(source.tensors)
-    placed = place(spec, alike, facts=known, degrees=source.degrees, layers=source.layers)
-    return from_placed(source, placed, odd, facts=known)
+    placed = place(spec, source.tensors, facts=known, degrees=source.degrees, layers=source.layers)
+    return from_placed(source, placed, facts=known)
 
 
-def from_placed(
-    source: Source, placed: Sequence[Placed], odd: Sequence[SourceTensor] = (), *, facts: Mapping[str, int]
-) -> Manifest:
-    """The same, of tensors whose places in logical ones are known.
-
-    Args:
-        odd: states that do not have their parameter's shape, see `split_by_shape`.
-    """
-    whole, left_out = _place_odd(odd, placed)
+def from_placed(source: Source, placed: Sequence[Placed], *, facts: Mapping[str, int]) -> Manifest:
+    """The same, of tensors whose places in logical ones are known."""
+    whole, left_out = _place_odd(placed)
     tensors = _join([*placed, *whole])
     renamed = Renamed(source, _logical_names(placed))
     state: dict[str, Any] = {
@@ -75,62 +67,38 @@ def from_placed(
     return Manifest(source.step, math.prod(source.degrees.values()), found, state)
 
 
-def split_by_shape(tensors: Iterable[SourceTensor]) -> tuple[list[SourceTensor], list[SourceTensor]]:
-    """Tensors that have their parameter's shape, and states that do not: scales of blocks, factored moments.
+def _place_odd(placed: Sequence[Placed]) -> tuple[list[Placed], list[str]]:
+    """States without their parameter's shape: scales of blocks, factored moments.
 
-    The parameter's shape is that of its weight, or else its master, or else its largest state.
+    Returns:
+        Those of parameters that one rank held whole, whole; and a line for each other one.
     """
-    tensors = list(tensors)
-    shapes: dict[_Parameter, tuple[tuple[int, int], tuple[int, ...]]] = {}
-    for tensor in tensors:
-        key = (tensor.name, coordinates(tensor))
-        rank = {"weight": 2, "master": 1}.get(tensor.state, 0)
-        claim = ((rank, math.prod(tensor.shape)), tensor.shape)
-        if key not in shapes or claim[0] > shapes[key][0]:
-            shapes[key] = claim
-    alike: list[SourceTensor] = []
-    odd: list[SourceTensor] = []
-    for tensor in tensors:
-        is_alike = tensor.shape == shapes[tensor.name, coordinates(tensor)][1]
-        (alike if is_alike else odd).append(tensor)
-    return alike, odd
-
-
-class _Placed(NamedTuple):
-    """As the language's own `Placed`."""
-
-    source: SourceTensor
-    parts: tuple[Part, ...]
-    role: str
-
-
-def _place_odd(odd: Sequence[SourceTensor], placed: Iterable[Placed]) -> tuple[list[_Placed], list[str]]:
-    """Carry whole what belongs to a parameter that one rank held whole; a line for each other one."""
+    odd = [entry.source for entry in placed if not entry.parts]
     if not odd:
         return [], []
-    parameters = {(entry.source.name, coordinates(entry.source)): entry for entry in placed}
+    parameters = {(entry.source.name, coordinates(entry.source)): entry for entry in placed if entry.parts}
     shapes: dict[tuple[str, str], set[tuple[int, ...]]] = {}
     for tensor in odd:
         shapes.setdefault((tensor.name, tensor.state), set()).add(tensor.shape)
-    found: list[_Placed] = []
+    found: list[Placed] = []
     left_out: dict[str, None] = {}
     for tensor in odd:
         parameter = parameters[tensor.name, coordinates(tensor)]
-        is_whole = parameter.parts == (plain_part(parameter.parts[0].name, parameter.source.shape),)
+        name = parameter.parts[0].name
+        is_whole = parameter.parts == (plain_part(name, parameter.source.shape),)
         if is_whole and len(shapes[tensor.name, tensor.state]) == 1:
-            part = plain_part(parameter.parts[0].name, tensor.shape)
-            found.append(_Placed(tensor, (part,), parameter.role))
+            found.append(replace(parameter, source=tensor, parts=(plain_part(name, tensor.shape),)))
             continue
         line = (
             f"{tensor.name} ({tensor.state}): its shape {list(tensor.shape)} is not the parameter's "
-            f"{list(parameter.source.shape)}, and no rank held all of the logical tensor: where its elements "
+            f"{list(parameter.source.shape)}, and no rank held all of one logical tensor: where its elements "
             "belong is not known"
         )
         left_out[line] = None
     return found, list(left_out)
 
 
-def _join(placed: Iterable[Placed | _Placed]) -> dict[tuple[str, str], Joined]:
+def _join(placed: Iterable[Placed]) -> dict[tuple[str, str], Joined]:
     joined: dict[tuple[str, str], Joined] = {}
     problems: dict[str, None] = {}
     for entry in sorted(placed, key=lambda entry: entry.source.at.get("data", 0)):

@@ -27,7 +27,7 @@ from typing import IO
 
 import xxhash
 
-from checkpoint.manifest import MANIFEST, Manifest
+from checkpoint.manifest import FORMAT, MANIFEST, Manifest
 
 COMPLETE = "COMPLETE"
 WRITING = "WRITING"
@@ -108,6 +108,25 @@ def find_latest(folder: Path | str) -> Path | None:
     """The newest complete checkpoint of a run: the one saved last. None when there is none."""
     complete = list_complete(Path(folder))
     return complete[-1].path if complete else None
+
+
+def is_ratoon(path: Path | str) -> bool:
+    """Whether a checkpoint of Ratoon's lies here, complete or not, or a folder of some, or a run's."""
+    path = Path(path)
+    if path.name in (MANIFEST, COMPLETE) and path.is_file():
+        path = path.parent
+    with suppress(OSError), open(path / MANIFEST, "rb") as file:
+        if FORMAT.encode() in file.read(64):
+            return True
+    folders = [path, *_steps(path), *_steps(path / "checkpoints")]
+    return any(_is_own(folder) for folder in folders)
+
+
+def _is_own(path: Path) -> bool:
+    """Other trainers call their folders step-N too."""
+    if not _NAME.fullmatch(path.name):
+        return False
+    return ".partial-" in path.name or any((path / name).exists() for name in (COMPLETE, WRITING, MANIFEST))
 
 
 def resolve(path: Path | str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -15,14 +15,13 @@ from typing import Any, Literal
 import xxhash
 
 from checkpoint import peers
-from checkpoint.boxes import Box
-from checkpoint.folder import read_manifest, read_marker, reading
-from checkpoint.manifest import LogicalTensor, Manifest, RankBlob
-from checkpoint.plan import Copy, plan
-from checkpoint.read import read_copies
+from checkpoint.fill import plan_filling
+from checkpoint.manifest import Manifest, RankBlob
+from checkpoint.opening import RATOON, Opened, open_checkpoint
+from checkpoint.report import verify_tensors
 from checkpoint.rounding import rounding_faults
 from checkpoint.selection import Selection, select
-from checkpoint.verify import cover_problem, damage, extents
+from checkpoint.verify import blob_extents, damage
 from parallel.slices import TensorSlice
 
 _LISTED = 20
@@ -37,15 +36,19 @@ class LoadedState:
     """What a load has brought besides the tensors, which are in place.
 
     Attributes:
-        path: the step folder that was read.
-        run_id: of the run that saved it: a `Saver` that goes on with this run takes it.
-        state: as it was saved, see `Manifest`.
+        path: the folder that was read.
+        run_id: of the run that saved it: a `Saver` that goes on with this run takes it. None for a checkpoint
+            of another trainer.
+        state: as it was saved, see `Manifest`; of another trainer's checkpoint see `checkpoint.assemble`.
         same_layout: whether the checkpoint was saved on the layout that reads it.
         rank_state: this rank's bytes; empty unless `same_layout`.
         derived: states that were filled from another one on any rank, e.g. {"master": "weight"}.
         fresh: states that were left as they were on any rank, because only weights were asked for.
         bytes_needed: of pieces, by this rank.
         bytes_read: from files, with what lies between short runs.
+        format: what was recognised, in words.
+        notes: what was recognised and chosen, a line each; and what is not carried, a line each.
+        is_native: whether it has Ratoon's own manifest.
     """
 
     path: Path
@@ -59,10 +62,13 @@ class LoadedState:
     bytes_needed: int
     bytes_read: int
     seconds: float
+    format: str = RATOON
+    notes: tuple[str, ...] = ()
+    is_native: bool = True
 
 
 def load(
-    path: Path | str,
+    path: Path | str | Opened,
     slices: Sequence[TensorSlice],
     *,
     rank: int | None = None,
@@ -70,18 +76,19 @@ def load(
     weights_only: bool = False,
     verify: Literal["read", "full"] = "read",
 ) -> LoadedState:
-    """Fill each slice's `data` from a checkpoint of any layout.
+    """Fill each slice's `data` from a checkpoint of any format and any layout.
 
-    Under torch.distributed all ranks call it together, and all raise when one of them has reason to.
+    Under torch.distributed all ranks call it together, and all raise when one of them has reason to. Every
+    rank reads the headers for itself: another trainer's with 50000 pieces take a few seconds.
 
     Args:
-        path: a step folder, a folder of checkpoints (its newest complete one) or a run's folder.
+        path: as `open_checkpoint` takes it, or what that returned (to choose a spec, or facts).
         slices: all that this rank holds.
         rank: by default torch.distributed's.
         layout: compared with the saved `state["layout"]` to decide whether ranks get their own bytes back.
         weights_only: load weights and masters and leave the other states as they are.
-        verify: "read" hashes the pieces that are read whole; "full" hashes all of the checkpoint first,
-            which reads it once more, shared out over the ranks.
+        verify: "read" hashes the pieces that are read whole; "full" checks all of the checkpoint first, as
+            `verify_checkpoint` does, which reads it once more, shared out over the ranks.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged, or of another model. The message says whether the
@@ -89,18 +96,21 @@ def load(
     """
     begin = time.monotonic()
     rank = peers.own_rank() if rank is None else rank
-    folder, manifest, run_id = _open(path)
-    with reading(folder) as gone:
+    opened = _open(path)
+    folder, manifest = opened.folder, opened.manifest
+    with opened.reading() as gone:
+        _refuse(f"{folder} is damaged", opened.problems, _UNTOUCHED)
         selection = select(manifest, slices, weights_only=weights_only)
         problems = gone + selection.problems + _unexpected(manifest, slices)
         _refuse(f"cannot load {folder} into this model", problems, _UNTOUCHED)
-        copies, problems = _plan(folder, selection, slices)
+        filling = plan_filling(folder, selection.source, slices)
+        problems = filling.problems
         blobs = [blob for blob in manifest.rank_blobs if blob.rank == rank and _is_same(manifest, layout)]
         rank_state = {blob.name: _read_blob(folder, blob, problems) for blob in blobs}
         if verify == "full":
-            problems += damage(folder, extents(manifest)[peers.own_rank() :: peers.world_size()])
+            problems += _verify(opened)
         _refuse(f"{folder} is damaged", problems, _UNTOUCHED)
-        report = read_copies(folder, copies, [piece.data.detach() for piece in slices])
+        report = filling.read(folder, slices)
     exact = [slices[n] for n, tensor in selection.source.items() if tensor.state == slices[n].state]
     _refuse(f"{folder} is damaged", report.problems + rounding_faults(exact), _TOUCHED)
     derived, fresh = _summary(selection, slices)
@@ -108,7 +118,7 @@ def load(
     _log.debug("loaded %s: read %.1f MB in %.2f s", folder, report.read / 1e6, seconds)
     return LoadedState(
         path=folder,
-        run_id=run_id,
+        run_id=opened.run_id,
         step=manifest.step,
         state=manifest.state,
         same_layout=_is_same(manifest, layout),
@@ -118,25 +128,35 @@ def load(
         bytes_needed=report.needed,
         bytes_read=report.read,
         seconds=seconds,
+        format=opened.format,
+        notes=(*opened.notes, *(f"not carried: {line}" for line in opened.left_out)),
+        is_native=opened.is_native,
     )
 
 
-def _open(path: Path | str) -> tuple[Path, Manifest, str | None]:
-    """Folder, manifest and run; a rank that cannot read it (a folder that is not shared) stops them all."""
-    found: tuple[Path, Manifest] | None = None
+def _open(path: Path | str | Opened) -> Opened:
+    """The same checkpoint on all ranks; one that cannot read it (its folder is not shared) stops them all."""
+    found: Opened | None = None
     problems = []
     try:
-        found = read_manifest(path)
+        found = path if isinstance(path, Opened) else open_checkpoint(path)
     except ValueError as error:
         problems.append(str(error))
     _refuse(f"cannot load {path}", problems, _UNTOUCHED)
     assert found is not None
-    marker = read_marker(found[0])
-    chosen = dict(peers.gather((marker and marker.manifest_hash, str(found[0]))))
+    chosen = dict(peers.gather((found.digest, str(found.folder))))
     if len(chosen) > 1:
         listed = ", ".join(sorted(chosen.values()))
         raise ValueError(f"ranks would load different checkpoints: {listed}. {_UNTOUCHED}")
-    return *found, marker.run or None if marker else None
+    return found
+
+
+def _verify(opened: Opened) -> list[str]:
+    """This rank's share of a full verification."""
+    share = slice(peers.own_rank(), None, peers.world_size())
+    found = verify_tensors(opened, opened.manifest.tensors[share])
+    blobs = damage(opened.folder, blob_extents(opened.manifest)[share])
+    return [str(finding) for finding in found if finding.severity == "error"] + blobs
 
 
 def _summary(selection: Selection, slices: Sequence[TensorSlice]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -179,43 +199,6 @@ def _unexpected(manifest: Manifest, slices: Sequence[TensorSlice]) -> list[str]:
         for number, name in enumerate(names)
         if not wanted >> number & 1
     ]
-
-
-def _plan(folder: Path, selection: Selection, slices: Sequence[TensorSlice]) -> tuple[list[Copy], list[str]]:
-    """Copies that fill the slices, and whatever is wrong with the tensors they come from."""
-    targets: dict[tuple[str, str], list[tuple[int, Box]]] = {}
-    tensors: dict[tuple[str, str], LogicalTensor] = {}
-    for number, tensor in selection.source.items():
-        key = (tensor.name, tensor.state)
-        tensors[key] = tensor
-        targets.setdefault(key, []).append((number, Box(slices[number].offset, slices[number].size)))
-    copies: list[Copy] = []
-    problems: list[str] = []
-    for key, tensor in tensors.items():
-        problem = cover_problem(tensor)
-        if problem is None:
-            copies.extend(plan(tensor, targets[key]))
-        else:
-            problems.append(problem)
-    return copies, problems + _short_files(folder, copies)
-
-
-def _short_files(folder: Path, copies: Iterable[Copy]) -> list[str]:
-    """Files that are missing, or end before the last piece needed of them."""
-    ends: dict[str, int] = {}
-    for copy in copies:
-        piece = copy.piece
-        ends[piece.file] = max(ends.get(piece.file, 0), piece.start + piece.num_bytes)
-    problems = []
-    for name, end in ends.items():
-        try:
-            size = (folder / name).stat().st_size
-        except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
-            continue
-        if size < end:
-            problems.append(f"{name}: has {size} bytes, the manifest expects at least {end}")
-    return problems
 
 
 def _read_blob(folder: Path, blob: RankBlob, problems: list[str]) -> bytes:

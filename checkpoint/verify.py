@@ -36,15 +36,21 @@ def extents(manifest: Manifest) -> list[Extent]:
         for tensor in manifest.tensors
         for piece in tensor.pieces
     )
-    blobs = (
+    return [*pieces, *blob_extents(manifest)]
+
+
+def blob_extents(manifest: Manifest) -> list[Extent]:
+    """The bytes that belong to single ranks."""
+    return [
         Extent(blob.file, blob.start, blob.num_bytes, blob.hash, f"the {blob.name} of rank {blob.rank}")
         for blob in manifest.rank_blobs
-    )
-    return [*pieces, *blobs]
+    ]
 
 
 def cover_problem(tensor: LogicalTensor) -> str | None:
     """What is wrong when the pieces do not hold every element exactly once, with their files and boxes."""
+    if len(tensor.pieces) == 1 and tensor.pieces[0].box == ((0,) * len(tensor.shape), tensor.shape):
+        return None
     fault = cover_fault(tensor.shape, [piece.box for piece in tensor.pieces])
     if fault is None:
         return None

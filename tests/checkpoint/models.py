@@ -65,7 +65,8 @@ def make_tensors(
         for state in [*states, "weight"]:
             key = hashlib.sha256(f"{seed}{name}{state}".encode()).digest()[:6]
             generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-            tensors[name, state] = torch.randn(shape, generator=generator)
+            drawn = torch.randn(shape, generator=generator)
+            tensors[name, state] = drawn.square() if state == "exp_avg_sq" else drawn
         if dtype != torch.float32:
             tensors[name, "weight"] = tensors[name, "master"].to(dtype)
     return tensors

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import checkpoint.load
+import checkpoint.opening
 from checkpoint.folder import COMPLETE, MANIFEST, resolve
 from checkpoint.load import load
 from checkpoint.manifest import LogicalTensor, Manifest
@@ -233,7 +233,7 @@ def test_a_manifest_changed_after_the_save(saved: tuple[Path, Manifest]) -> None
 
 def test_a_path_that_is_nothing(tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path / "nowhere", model())
-    assert "holds no complete checkpoint: none found there" in refused(tmp_path, model())
+    assert "no checkpoint is recognised. It holds nothing" in refused(tmp_path, model())
 
 
 def test_every_way_to_name_a_checkpoint(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_of_many_problems_ranks_exchange_the_first_and_their_number(saved: tuple
 def load_what_retention_takes_from_one_rank(folder: str) -> str:
     """Rank 0 locks the checkpoint in time, rank 1 comes when the marker is gone."""
     slices = empty_slices(make_tensors(0), Grid(1, 1, 2), dist.get_rank())
-    reading = checkpoint.load.reading
+    reading = checkpoint.opening.reading
 
     @contextmanager
     def late(path: Path) -> Iterator[list[str]]:
@@ -286,7 +286,7 @@ def load_what_retention_takes_from_one_rank(folder: str) -> str:
                 dist.barrier()
             yield gone
 
-    checkpoint.load.reading = late
+    checkpoint.opening.reading = late
     return refused(Path(folder), slices)
 
 
