@@ -1,5 +1,7 @@
-"""Genuine DeepSpeed checkpoints of the oracle: DeepSpeed itself trains a step on CPU ranks over gloo, gets the
-oracle's numbers planted by its own functions, and saves; and DeepSpeed itself resumes from universal folders.
+"""Genuine DeepSpeed checkpoints of the oracle, made on CPU ranks over gloo.
+
+DeepSpeed itself trains a step, gets the oracle's numbers planted by its own functions, and saves; and
+DeepSpeed itself resumes from universal folders.
 """
 
 from __future__ import annotations
@@ -70,12 +72,14 @@ class Resumed:
 
 def load_universal_and_step(folder: Path, oracle: Oracle, run: Run) -> Resumed:
     """Resume a universal folder by DeepSpeed's own `load_universal`, and step with the oracle's gradients."""
-    return run_ranks(_load_universal_and_step, run.world, str(folder), oracle, run)[0]
+    resumed: Resumed = run_ranks(_load_universal_and_step, run.world, str(folder), oracle, run)[0]
+    return resumed
 
 
 def resume_and_step(folder: Path, oracle: Oracle, run: Run) -> Resumed:
     """The same from a checkpoint of DeepSpeed's own, on the layout that saved it."""
-    return run_ranks(_resume_and_step, run.world, str(folder), oracle, run)[0]
+    resumed: Resumed = run_ranks(_resume_and_step, run.world, str(folder), oracle, run)[0]
+    return resumed
 
 
 def build_model(oracle: Oracle) -> torch.nn.Module:
@@ -119,6 +123,8 @@ def backward(engine: Any, oracle: Oracle) -> None:
 def plant(engine: Any, oracle: Oracle, optimizer: str = "adamw") -> None:
     """Make the engine hold the oracle's numbers; fails where DeepSpeed does not give them back."""
     link_states(engine)
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        return plant_flat(engine, oracle)
     for name, parameter in named_trained(engine):
         master = oracle.value(name, "master")
         safe_set_full_fp32_param(parameter, master)
@@ -127,11 +133,34 @@ def plant(engine: Any, oracle: Oracle, optimizer: str = "adamw") -> None:
             value = oracle.value(name, moment)
             safe_set_full_optimizer_state(parameter, value, state)
             assert torch.equal(safe_get_full_optimizer_state(parameter, state), value), (name, state)
+    plant_steps(engine)
+
+
+def plant_steps(engine: Any) -> None:
     for state in engine.optimizer.optimizer.state.values():
         if "step" in state:
             state["step"] = torch.tensor(float(STEP)) if torch.is_tensor(state["step"]) else STEP
     if hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()
+
+
+def plant_flat(engine: Any, oracle: Oracle) -> None:
+    """ZeRO 1 and 2 with reordered parameters, where DeepSpeed's own functions set those of other names."""
+    zero = engine.optimizer
+    for number, (members, offsets) in enumerate(
+        zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+    ):
+        mine = zero.single_partition_of_fp32_groups[number]
+        begin = torch.distributed.get_rank() * mine.numel()
+        for state, target in {"master": mine, **zero.optimizer.state[mine]}.items():
+            if state == "step":
+                continue
+            whole = torch.zeros(mine.numel() * torch.distributed.get_world_size())
+            for parameter, offset in zip(members, offsets, strict=True):
+                value = oracle.value(zero.param_names[parameter], state).flatten()
+                whole[offset : offset + value.numel()] = value
+            target.data.copy_(whole[begin : begin + mine.numel()])
+    plant_steps(engine)
 
 
 def link_states(engine: Any) -> None:
@@ -167,7 +196,11 @@ def plant_without_zero(engine: Any, oracle: Oracle) -> None:
 
 
 def count_steps(engine: Any) -> None:
+    """Let the engine have made as many steps as the oracle, the warm-up behind it."""
     engine.global_steps, engine.global_samples, engine.skipped_steps = STEP, SAMPLES, 1
+    engine.lr_scheduler.last_batch_iteration = STEP
+    for group in engine.lr_scheduler.optimizer.param_groups:
+        group["lr"] = LR
 
 
 def _save(folder: str, oracle: Oracle, run: Run, client_state: dict[str, Any]) -> None:
