@@ -1,4 +1,4 @@
-"""The bytes of DCP's chunks, found by reading the headers of their archives, and the values of other items."""
+"""Where the bytes of DCP's chunks lie, found by the headers of their archives; values of other items."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def _listed(items: list[_Wanted]) -> str:
 def _refuse_transforms(path: Path, item: _Wanted) -> None:
     if item.stored.transforms:
         raise ValueError(
-            f"{path}: its bytes went through {', '.join(item.stored.transforms)} when they were saved, which is "
-            "not read: load it with the extension that wrote it, and save it without"
+            f"{path}: its bytes went through {', '.join(item.stored.transforms)} when they were saved, which "
+            "is not read: load it with the extension that wrote it, and save it without"
         )
 
 

@@ -1,9 +1,9 @@
 """What torch.distributed.checkpoint (DCP) wrote: its index, and where the bytes of every chunk lie.
 
-A folder holds `.metadata`, the pickle of an index, which is written last, and `__{rank}_{n}.distcp` files. Such
-a file is a concatenation; the index gives offset and length of each item, which is a torch.save archive of its
-own. Tensors are stored as chunks: boxes of the whole tensor. Format: torch/distributed/checkpoint/metadata.py
-and filesystem.py.
+A folder holds `.metadata`, the pickle of an index, which is written last, and `__{rank}_{n}.distcp` files.
+Such a file is a concatenation; the index gives offset and length of each item, which is a torch.save archive
+of its own. Tensors are stored as chunks: boxes of the whole tensor. Format: `metadata.py` and `filesystem.py`
+in torch/distributed/checkpoint.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def read_dcp_metadata(folder: Path | str) -> DcpMetadata:
         content = file.read_bytes()
     except FileNotFoundError:
         raise ValueError(
-            f"{file}: missing. It is written last, so the save into this folder was not finished: take an older "
-            "checkpoint"
+            f"{file}: missing. It is written last, so the save into this folder was not finished: take an "
+            "older checkpoint"
         ) from None
     if not content:
         raise ValueError(f"{file}: is empty (0 bytes): the save was not finished, take an older checkpoint")
