@@ -109,6 +109,7 @@ def open_checkpoint(
     reader = recognise(path)
     try:
         source = reader.read(path)
+        source.facts |= facts or {}
     except (ValueError, OSError) as error:
         raise UnreadableError(path, reader.name, [str(error)]) from error
     try:
@@ -138,19 +139,20 @@ def _open_own(path: Path) -> Opened:
 
 def _spec(source: Source, wanted: Path | str | None) -> tuple[Spec, str]:
     """The spec and the reason for it."""
-    from checkpoint.language.choose import choose_spec
+    from checkpoint.language.choose import choose_spec, fit_spec
     from checkpoint.language.spec import load_spec
 
     if wanted is not None:
-        return load_spec(wanted), "as asked for"
+        return fit_spec(load_spec(wanted), source), "as asked for"
     names = len({tensor.name for tensor in source.tensors})
-    return choose_spec(source), f"chosen because it maps all {names} names"
+    return choose_spec(source), f"which maps all {names} names"
 
 
 def _assembled(source: Source, spec: Spec, why: str, facts: Mapping[str, int] | None) -> Opened:
     from checkpoint.assemble import assemble
 
-    manifest = assemble(source, spec, facts=facts)
+    manifest = assemble(source, spec)
+    placed = ", and tensors lie on ranks as the checkpoint's own metadata says" if spec.placement else ""
     given = ", ".join(f"{name} = {value}" for name, value in (facts or {}).items())
     return Opened(
         folder=source.folder,
@@ -159,7 +161,7 @@ def _assembled(source: Source, spec: Spec, why: str, facts: Mapping[str, int] | 
         source=source,
         notes=(
             f"recognised {source.format}: {source.folder}",
-            f"names read by the spec {spec.name!r}, {why}",
+            f"names read by the spec {spec.name!r}, {why}{placed}",
             *([f"facts as given: {given}"] if given else []),
             *source.notes,
         ),

@@ -64,7 +64,7 @@ def panels(piece: Piece, limit: int = PANEL_BYTES, within: Box | None = None) ->
     """
     strides = row_major(piece.box.size) if piece.strides is None else piece.strides
     order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
-    yield from _cut(within or piece.box, order, max(1, limit // ITEM_SIZES[piece.dtype]))
+    yield from cut(within or piece.box, limit // ITEM_SIZES[piece.dtype], order)
 
 
 def is_dense(piece: Piece) -> bool:
@@ -79,17 +79,19 @@ def sub_box(array: Bits, box: Box, inner: Box) -> Bits:
     ]
 
 
-def _cut(box: Box, order: Sequence[int], limit: int) -> Iterator[Box]:
-    if box.numel <= limit:
+def cut(box: Box, limit: int, order: Sequence[int] | None = None) -> Iterator[Box]:
+    """Cut a box into boxes of at most `limit` elements, along the first axes of the order first."""
+    if box.numel <= max(1, limit):
         yield box
         return
+    order = range(len(box.size)) if order is None else order
     axis = next(axis for axis in order if box.size[axis] > 1)
     rows = max(1, limit // (box.numel // box.size[axis]))
     for first in range(0, box.size[axis], rows):
         offset, size = list(box.offset), list(box.size)
         offset[axis] += first
         size[axis] = min(rows, box.size[axis] - first)
-        yield from _cut(Box(tuple(offset), tuple(size)), order, limit)
+        yield from cut(Box(tuple(offset), tuple(size)), limit, order)
 
 
 def _read(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from checkpoint.ahead import run_ahead
 from checkpoint.boxes import Box
 from checkpoint.checks import Checker, Tally
 from checkpoint.manifest import ITEM_SIZES, Piece
@@ -24,7 +23,6 @@ Progress = Callable[[int, int], None]
 
 WORKERS = min(4, os.cpu_count() or 1)
 TASK_BYTES = 1 << 25  # what one thread takes at a time
-_AHEAD = 3  # tasks in the queue for each thread: they are made as they are needed
 
 
 @dataclass(frozen=True)
@@ -58,31 +56,13 @@ def sweep(
     total = sum(piece.box.numel * ITEM_SIZES[piece.dtype] for _, piece in ordered)
     tallies: dict[Key, Tally] = {}
     done = 0
-    with ThreadPoolExecutor(workers) as pool:
-        for task, found in _run(pool, folder, checkers, _tasks(ordered), workers * _AHEAD):
-            for key, tally in found:
-                tallies.setdefault(key, Tally()).add(tally)
-            done += sum(unit.num_bytes for unit in task)
-            if progress is not None:
-                progress(done, total)
+    for task, found in run_ahead(lambda task: _check(folder, checkers, task), _tasks(ordered), workers):
+        for key, tally in found:
+            tallies.setdefault(key, Tally()).add(tally)
+        done += sum(unit.num_bytes for unit in task)
+        if progress is not None:
+            progress(done, total)
     return tallies
-
-
-def _run(
-    pool: ThreadPoolExecutor,
-    folder: Path,
-    checkers: Mapping[Key, Checker],
-    tasks: Iterator[list[Unit]],
-    ahead: int,
-) -> Iterator[tuple[list[Unit], list[tuple[Key, Tally]]]]:
-    waiting: deque[tuple[list[Unit], Future[list[tuple[Key, Tally]]]]] = deque()
-    for task in tasks:
-        waiting.append((task, pool.submit(_check, folder, checkers, task)))
-        if len(waiting) >= ahead:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    for done, future in waiting:
-        yield done, future.result()
 
 
 def _tasks(pieces: Iterable[tuple[Key, Piece]]) -> Iterator[list[Unit]]:
