@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 
 from checkpoint.boxes import Box
@@ -161,6 +160,17 @@ def _box(
     return runs, part, shape, box
 
 
-def num_elements(parts: tuple[Part, ...]) -> int:
-    """Elements of the stored tensor that belong to something."""
-    return sum(math.prod(part.box.size) for part in parts)
+def whole_parts(
+    rule: Rule, values: dict[str, Value], shape: tuple[int, ...], facts: Facts
+) -> tuple[Part, ...]:
+    """The parts of a tensor that is stored whole.
+
+    Raises:
+        ValueError: sizes that contradict each other.
+    """
+    stacked = stack_axes(rule, len(shape))
+    rest = [axis for axis in range(len(shape)) if axis not in stacked]
+    check_dims(rule, len(rest))
+    cuts = [Cut(0, (extent,)) for extent in shape]
+    stretches = [stretch(rule, dim, len(rest), cuts[axis], facts) for dim, axis in enumerate(rest)]
+    return tuple(_combine(rule, values, [(axis, cuts[axis]) for axis in stacked], rest, stretches))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from checkpoint.language.sizes import Facts
-from checkpoint.language.spec import Spec
+from checkpoint.language.spec import Rule, Spec
 from checkpoint.language.template import Template, Value
 
 SHOWN = 20
@@ -43,10 +43,7 @@ class Matcher:
             if not rule.names:
                 template = Template.parse(rule.match) if rule.match is not None else Template("", ())
                 self._patterns.append((number, template.prefix, template.suffix, rule.pattern))
-        self._numbers = [
-            {name for name in rule.pattern.groupindex if rule.is_number(name)} if not rule.names else set()
-            for rule in spec.rules
-        ]
+        self._shifts = [_shifts(rule) for rule in spec.rules]
         strip = "|".join(re.escape(each) for each in spec.strip)
         self._renames = [(re.compile(rf"(?:(?<=\.)|^)(?:{strip})(?:\.|$)"), "")] if strip else []
         self._renames += [(re.compile(each.regex), each.by) for each in spec.rename]
@@ -67,13 +64,15 @@ class Matcher:
         return found
 
     def _values(self, number: int, hit: re.Match[str]) -> dict[str, Value]:
-        tables, numbers = self.rules[number].values, self._numbers[number]
+        tables, shifts = self.rules[number].values, self._shifts[number]
         values: dict[str, Value] = {}
         for field, text in hit.groupdict(default="").items():
             if field in tables:
                 values[field] = tables[field].get(text, text)
+            elif field in shifts and text.isdecimal():
+                values[field] = int(text) - shifts[field]
             else:
-                values[field] = int(text) if field in numbers and text.isdecimal() else text
+                values[field] = text
         return values
 
     def nearest(self, name: str) -> str:
@@ -101,6 +100,15 @@ class Matcher:
             if not used:
                 members = [str(rule) for rule in self.rules if rule.any_of == group]
                 yield f"none of the rules for {group!r} matches anything: {', '.join(members)}"
+
+
+def _shifts(rule: Rule) -> dict[str, int]:
+    """The captured fields that are whole numbers, and what names show more than they are."""
+    if rule.names:
+        return {}
+    fields = Template.parse(rule.match).fields if rule.match is not None else {}
+    numbers = [field for field in rule.pattern.groupindex if rule.is_number(field)]
+    return {field: fields[field].shift if field in fields else 0 for field in numbers}
 
 
 def match_names(matcher: Matcher, names: Iterable[str]) -> tuple[dict[str, Match], list[str], int]:

@@ -220,6 +220,8 @@ def _field_problems(rule: Rule) -> Iterator[str]:
     for what, fields in (("values", rule.values), ("local", rule.local)):
         for missing in sorted(set(fields) - captured):
             yield f"`{what}` speaks of {missing!r}, which `match` does not capture"
+    if rule.fused and "part" in captured | stacked:
+        yield "{part} is what `fused` gives: call the captured field something else"
     for missing in sorted(stacked - set(rule.target.fields)):
         yield f"`stacked` gives {missing!r}, which `to` does not use"
     for field_name, table in rule.values.items():

@@ -13,7 +13,7 @@ _FIELD = re.compile(r"(?P<name>[a-z_][a-z0-9_]*)(?P<shift>[+-]\d+)?(?P<regex>:.*
 
 @dataclass(frozen=True)
 class Field:
-    """A placeholder. Without a regex it is a whole number; `shift` is added to it when a name is written."""
+    """A placeholder. Without a regex it is a whole number, and the name shows it plus `shift`."""
 
     name: str
     regex: str | None = None
@@ -93,11 +93,6 @@ class Template:
                 value = values[part.name]
                 text += str(value + part.shift if isinstance(value, int) else value)
         return text
-
-    def value(self, name: str, text: str) -> Value:
-        """What a captured text means: fields without a regex are numbers, less their shift."""
-        field = self.fields[name]
-        return int(text) - field.shift if field.regex is None else text
 
 
 def _closing(text: str) -> int:
