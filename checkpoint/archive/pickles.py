@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +71,6 @@ STORAGES = {
         "QUInt2x4": "quint2x4",
     },
 }
-_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy._core": "numpy.core"}
 _DAMAGE = (
     *(pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError, TypeError),
     *(ValueError, OverflowError, MemoryError, RecursionError, AssertionError),
@@ -133,7 +133,7 @@ class _Unpickler(pickle.Unpickler):
         self._found: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{_plain_module(module)}.{name}"
+        full = _present_name(module, name)
         if full not in self._found:
             self._found[full] = self._stand_in(full)
         return self._found[full]
@@ -158,12 +158,10 @@ class _Unpickler(pickle.Unpickler):
         return opaque_class(full)
 
 
-def _plain_module(module: str) -> str:
-    """Without the renamings of Python 2 and of numpy 2."""
-    for old, new in _MODULES.items():
-        if module == old or module.startswith(f"{old}."):
-            return new + module[len(old) :]
-    return module
+def _present_name(module: str, name: str) -> str:
+    """Without the renamings of Python 3, which pickles up to protocol 2 undo, and of numpy 2."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1)
 
 
 def _torch_type(full: str) -> Any:
@@ -193,9 +191,11 @@ def _encode(text: Any, encoding: Any = "latin1") -> bytes:
 
 
 def _bytearray(content: Any = b"", encoding: Any = "latin1") -> bytearray:
-    if isinstance(content, int):
-        raise BadPickleError(f"bytearray({content}): a size instead of bytes")
-    return bytearray(_encode(content, encoding) if isinstance(content, str) else content)
+    if isinstance(content, str):
+        content = _encode(content, encoding)
+    if not isinstance(content, bytes | bytearray | list):
+        raise BadPickleError(f"bytearray({content!r:.50}): something else than bytes")
+    return bytearray(content)
 
 
 def _reconstruct(_kind: Any, _shape: Any = (), _code: Any = "b") -> SavedArray:

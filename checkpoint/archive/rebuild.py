@@ -82,7 +82,7 @@ def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
         raise BadPickleError("a tensor subclass is not made by a function of torch")
     made = function(*args)
     if isinstance(made, Opaque):
-        made.state = state
+        made.__setstate__(state)
     return made
 
 

@@ -75,7 +75,11 @@ class Opaque(metaclass=Frozen):
         """Arguments were taken by `__new__`, which is all that some opcodes call."""
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
+        match state:
+            case (dict() | None as attributes, dict() as slots):  # how pickle divides attributes
+                self.state = {**(attributes or {}), **slots}
+            case _:
+                self.state = state
 
     def append(self, item: Any) -> None:
         self.items.append(item)
