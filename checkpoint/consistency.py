@@ -10,7 +10,7 @@ from typing import Any
 
 from checkpoint import causes
 from checkpoint.finding import Check, Finding, Severity
-from checkpoint.manifest import LogicalTensor, Manifest
+from checkpoint.manifest import PARAMETER_STATES, LogicalTensor, Manifest
 
 Shape = tuple[int, ...]
 
@@ -102,7 +102,8 @@ def _fact_findings(manifest: Manifest) -> Iterator[Finding]:
     seen: dict[str, tuple[int, str]] = {}
     if layers:
         seen["num_layers"] = (1 + max(layers), "layers")
-    embedding = manifest.by_key().get(("model.embed_tokens.weight", "weight"))
+    named = (tensor for tensor in manifest.tensors if tensor.name == "model.embed_tokens.weight")
+    embedding = next((tensor for tensor in named if tensor.state in _PER_ELEMENT), None)
     if embedding is not None and len(embedding.shape) == 2:
         seen["vocab_size"] = (embedding.shape[0], "rows of the embedding")
         seen["hidden_size"] = (embedding.shape[1], "columns of the embedding")
@@ -167,7 +168,7 @@ def _group_findings(manifest: Manifest) -> Iterator[Finding]:
             if other is not group:
                 what = f"is in two parameter groups, which differ in {_differing(group, other)}"
                 yield Finding("error", check, what, name, cause=causes.GROUPS)
-    trained = {t.name for t in manifest.tensors if t.state not in ("weight", "master")}
+    trained = {t.name for t in manifest.tensors if t.state not in PARAMETER_STATES}
     outside = sorted(trained - member.keys())
     if outside:
         what = f"{len(outside)} parameters with optimizer state are in no group: {_listed(outside)}"

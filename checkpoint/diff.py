@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from checkpoint.ahead import run_ahead
 from checkpoint.bits import Bits, as_floats, rounded
 from checkpoint.box_reader import BoxReader
 from checkpoint.boxes import Box
-from checkpoint.manifest import ITEM_SIZES, LogicalTensor, Manifest
+from checkpoint.manifest import ITEM_SIZES, PARAMETER_STATES, LogicalTensor, Manifest
 from checkpoint.opening import Opened, open_checkpoint
 from checkpoint.panels import PANEL_BYTES, Files, cut
 from checkpoint.sweep import TASK_BYTES, WORKERS, Progress
@@ -64,7 +64,7 @@ def diff_checkpoints(
 ) -> list[TensorDifference]:
     """Compare every state of every logical tensor.
 
-    A master that only one has is compared with the other's weight where that is in fp32, which is its master.
+    A master that one lacks is its fp32 weight, and a weight that one lacks is its master.
 
     Args:
         a, b: as `open_checkpoint` takes them, or what that returned.
@@ -146,12 +146,9 @@ def _match(a: Manifest, b: Manifest) -> tuple[list[_Pair], list[TensorDifference
     pairs: list[_Pair] = []
     results: list[TensorDifference] = []
     for name, state in sorted(ours.keys() | theirs.keys()):
-        one, other, note = ours.get((name, state)), theirs.get((name, state)), ""
-        if state == "master" and (one is None) != (other is None):
-            exact = (ours if one is None else theirs).get((name, "weight"))
-            if exact is not None and exact.dtype == "float32":
-                note = f"{'A' if one is None else 'B'} keeps it as its fp32 weight"
-                one, other = one or exact, other or exact
+        one, note = _held(ours, name, state, "A")
+        other, also = _held(theirs, name, state, "B")
+        note = note or also
         if one is None or other is None or one.shape != other.shape:
             verdict: Verdict = "only in B" if one is None else "only in A" if other is None else "shape"
             results.append(_unpaired(name, state, verdict, one, other))
@@ -162,6 +159,20 @@ def _match(a: Manifest, b: Manifest) -> tuple[list[_Pair], list[TensorDifference
         else:
             pairs.append(_Pair(name, state, one, other, note))
     return pairs, results
+
+
+def _held(
+    tensors: Mapping[tuple[str, str], LogicalTensor], name: str, state: str, side: str
+) -> tuple[LogicalTensor | None, str]:
+    """A state, or what stands for it: an fp32 weight is its master, and a weight is its master, rounded."""
+    found = tensors.get((name, state))
+    if found is not None or state not in PARAMETER_STATES:
+        return found, ""
+    (instead,) = set(PARAMETER_STATES) - {state}
+    found = tensors.get((name, instead))
+    if found is None or found.dtype != "float32":
+        return None, ""
+    return found, f"{side} keeps it as its {instead}"
 
 
 def _unpaired(

@@ -21,6 +21,7 @@ VERSION = 1  # raised when an older reader would misread what is written
 AVERAGE_VERSION = 2  # has tensors to average, of which a reader of version 1 would take one copy
 READABLE = (VERSION, AVERAGE_VERSION)
 MANIFEST = "manifest.json"
+PARAMETER_STATES = ("weight", "master")  # the parameter itself, in the precisions it is kept in
 TENSORS = b'"tensors":[\n'  # then a line a tensor, then a line that ends it all
 
 ITEM_SIZES = {

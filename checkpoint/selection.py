@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from checkpoint.manifest import LogicalTensor, Manifest
+from checkpoint.manifest import PARAMETER_STATES, LogicalTensor, Manifest
 from parallel.slices import TensorSlice
 
-PARAMETER_STATES = ("weight", "master")  # the parameter itself, in the precisions it is kept in
 FRESH_MOMENTS = "set weights_only = true under [checkpoint] to start with fresh moments"
 
 
