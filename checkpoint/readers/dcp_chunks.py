@@ -48,11 +48,15 @@ def locate(
     return {name: tuple(pieces) for name, pieces in found.items()}, problems
 
 
-def read_items(metadata: DcpMetadata, names: Iterable[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+def read_items(
+    metadata: DcpMetadata, names: Iterable[str] | None = None, *, refused: dict[str, str] | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """The values of items that are no tensors, unpickled without executing anything.
 
     Args:
         names: of items; None means all.
+        refused: takes items whose bytes are there but not understood, with the reason, if these are not to be
+            among what is wrong.
 
     Returns:
         Name -> value, with a `FileTensor` for every tensor inside; and a line for each thing that is wrong.
@@ -62,8 +66,22 @@ def read_items(metadata: DcpMetadata, names: Iterable[str] | None = None) -> tup
     def add(_descriptor: int, path: Path, item: _Wanted) -> None:
         values[item.name] = read_torch_bytes(path, item.stored.start, item.stored.length).value
 
-    chosen = metadata.items if names is None else names
-    return values, _each(metadata.folder, [_Wanted(name, metadata.items[name], None) for name in chosen], add)
+    wanted = [
+        _Wanted(name, metadata.items[name], None) for name in (metadata.items if names is None else names)
+    ]
+    return values, _each(metadata.folder, wanted, add, refused)
+
+
+def read_numbers(metadata: DcpMetadata, names: Iterable[str]) -> tuple[dict[str, float | int], list[str]]:
+    """The values of tensors that have one element each, and a line for each thing that is wrong."""
+    pieces, problems = locate(metadata, names)
+    found: dict[str, float | int] = {}
+    for name, (*_, piece) in ((name, held) for name, held in pieces.items() if held):
+        try:
+            found[name] = FileTensor(piece.file, piece.start, piece.dtype, (), ()).item()
+        except (ValueError, OSError) as error:
+            problems.append(f"{name}: {error}")
+    return found, problems
 
 
 class _Wanted(NamedTuple):
@@ -76,7 +94,12 @@ class _Wanted(NamedTuple):
         return self.stored.start + self.stored.length
 
 
-def _each(folder: Path, items: list[_Wanted], do: Callable[[int, Path, _Wanted], None]) -> list[str]:
+def _each(
+    folder: Path,
+    items: list[_Wanted],
+    do: Callable[[int, Path, _Wanted], None],
+    refused: dict[str, str] | None = None,
+) -> list[str]:
     """Call `do` for every item whose bytes are there, file by file, and say what is wrong with the others."""
     by_file: dict[str, list[_Wanted]] = {}
     for item in items:
@@ -96,6 +119,9 @@ def _each(folder: Path, items: list[_Wanted], do: Callable[[int, Path, _Wanted],
                     _refuse_transforms(path, item)
                     do(descriptor, path, item)
                 except ValueError as error:
+                    if refused is not None:
+                        refused[item.name] = str(error)
+                        continue
                     problems.append(f"{item.name}{f' {item.box}' if item.box else ''}: {error}")
         finally:
             os.close(descriptor)

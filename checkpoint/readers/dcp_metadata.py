@@ -9,8 +9,8 @@ in torch/distributed/checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,3 +137,24 @@ def _tensor(
         place = stored.get((name, box.offset)) or (stored.get((name, None)) if box.size == shape else None)
         chunks.append(Chunk(box, place))
     return StoredTensor(entry["properties"].state[0], shape, tuple(chunks))
+
+
+def joined(folder: Path, parts: Sequence[DcpMetadata]) -> DcpMetadata:
+    """One index of checkpoints that lie in folders inside of `folder` and have no name in common."""
+    tensors: dict[str, StoredTensor] = {}
+    items: dict[str, Stored] = {}
+    paths: dict[str, tuple[str | int, ...]] = {}
+    for part in parts:
+        inner = part.folder.relative_to(folder)
+        for name, tensor in part.tensors.items():
+            chunks = tuple(
+                chunk._replace(stored=chunk.stored and _below(inner, chunk.stored)) for chunk in tensor.chunks
+            )
+            tensors[name] = replace(tensor, chunks=chunks)
+        items |= {name: _below(inner, stored) for name, stored in part.items.items()}
+        paths |= part.paths
+    return DcpMetadata(folder, tensors, items, paths)
+
+
+def _below(folder: Path, stored: Stored) -> Stored:
+    return stored._replace(file=str(folder / stored.file))
