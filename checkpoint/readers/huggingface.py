@@ -23,8 +23,6 @@ from checkpoint.source import Source, SourceTensor
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SHARDING = "DCP_SHARDING_INFO"
-SHARDED = "sharded"
-"""Where torch's DCP writes shards that it joins afterwards."""
 WEIGHTS = re.compile(r".+\.safetensors|pytorch_model.*\.bin")
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 TABLES = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|position_ids)")
@@ -60,10 +58,7 @@ class _Gathered:
 def recognise(path: Path) -> bool:
     """Whether it is a file of weights, an index of some, or a folder of those."""
     if path.is_dir():
-        names = [
-            entry.name for folder in (path, path / SHARDED) if folder.is_dir() for entry in folder.iterdir()
-        ]
-        return any(map(_is_weights, names))
+        return any(_is_weights(entry.name) for entry in path.iterdir())
     return _is_weights(path.name)
 
 
@@ -108,11 +103,10 @@ def _files(path: Path, source: Source) -> tuple[Mapping[str, str], list[Path]]:
         if (folder / single).is_file():
             _note_others(folder, {single}, source)
             return {}, [folder / single]
-    for place in (folder, folder / SHARDED):
-        files = sorted(entry for entry in place.glob("*") if WEIGHTS.fullmatch(entry.name))
-        if files:
-            return {}, files
-    raise ValueError(f"{path}: no *.safetensors or pytorch_model*.bin is there")
+    files = sorted(entry for entry in folder.iterdir() if WEIGHTS.fullmatch(entry.name))
+    if not files:
+        raise ValueError(f"{path}: no *.safetensors or pytorch_model*.bin is there")
+    return {}, files
 
 
 def _indexed(folder: Path, name: str, source: Source) -> tuple[Mapping[str, str], list[Path]]:
