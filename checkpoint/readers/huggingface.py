@@ -28,9 +28,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_
 TABLES = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|position_ids)")
 MASKS = re.compile(r".*\.(attn|attention)\.bias")
 """Old versions of transformers saved tables with the parameters; the masks among them have four axes."""
-SCALES = re.compile(
-    r".*(weight_scale|weight_scale_inv|input_scale|_scales|_blocks|qweight|qzeros|absmax|SCB)"
-)
+SCALES = re.compile(r".*\.(weight_scale|weight_scale_inv|input_scale|qweight|qzeros|absmax|SCB)")
 """Names that only quantised weights come with."""
 DEQUANTISE = "load the model with transformers, dequantise it and save it"
 HEADS = {"model.embed_tokens.weight": "lm_head.weight", "gpt_neox.embed_in.weight": "embed_out.weight"}
@@ -82,7 +80,8 @@ def read(path: Path) -> Source:
     ]
     _check_index(index, gathered, readable, source)
     _check_quantised(gathered, source)
-    _check_head(gathered, source)
+    if path == folder or path.name in INDICES:
+        _check_head(gathered, source)
     _describe(files, source)
     return source
 
@@ -144,7 +143,7 @@ def _gather(file: Path, gathered: _Gathered, source: Source) -> bool:
     try:
         if file.suffix == ".safetensors":
             tensors, metadata = read_safetensors_header(file)
-            offsets = _offsets(file, metadata)
+            offsets = _offsets(file, metadata, source)
         else:
             tensors, offsets = _state_dict(file, source), {}
     except ValueError as error:
@@ -157,10 +156,13 @@ def _gather(file: Path, gathered: _Gathered, source: Source) -> bool:
     return True
 
 
-def _offsets(file: Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def _offsets(file: Path, metadata: Mapping[str, str], source: Source) -> dict[str, tuple[int, ...]]:
     """First index of each shard in its tensor."""
     if SHARDING not in metadata:
         return {}
+    note = f"shards of {SHARDING} do not say how many they are: that the last one is there is not checked"
+    if note not in source.notes:
+        source.notes.append(note)
     try:
         return {name: tuple(at["saved_offsets"]) for name, at in json.loads(metadata[SHARDING]).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

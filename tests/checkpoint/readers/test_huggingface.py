@@ -105,6 +105,7 @@ def test_one_file_or_one_index_may_be_given(shards: Path) -> None:
     check(read(shards / "model.safetensors.index.json"), DENSE)
     one = sorted(shards.glob("*.safetensors"))[0]
     assert {tensor.name for tensor in read(one).tensors} == set(load_file(one))
+    assert read(one).problems == []
 
 
 def test_the_format_is_said_in_words(shards: Path, tmp_path: Path) -> None:
@@ -267,6 +268,7 @@ def test_shards_of_torch_are_joined(tmp_path: Path) -> None:
     source = read(tmp_path)
     check(source, DENSE)
     assert len(source.tensors[0].pieces) == 2
+    assert "that the last one is there is not checked" in source.notes[0]
 
 
 def test_what_torch_joined_itself_is_read(tmp_path: Path) -> None:
