@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for while deepspeed is imported
 
@@ -35,6 +35,12 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 TAG = f"global_step{STEP}"
 SAMPLES = 56
+
+
+class Values(Protocol):
+    """The oracle, or a view of it by other names or in parts."""
+
+    def value(self, name: str, state: str) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def backward(engine: Any, oracle: Oracle) -> None:
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
 
 
-def plant(engine: Any, oracle: Oracle, optimizer: str = "adamw") -> None:
+def plant(engine: Any, oracle: Values, optimizer: str = "adamw") -> None:
     """Make the engine hold the oracle's numbers; fails where DeepSpeed does not give them back."""
     link_states(engine)
     if getattr(engine.optimizer, "round_robin_gradients", False):
@@ -144,7 +150,7 @@ def plant_steps(engine: Any) -> None:
         engine.optimizer.update_lp_params()
 
 
-def plant_flat(engine: Any, oracle: Oracle) -> None:
+def plant_flat(engine: Any, oracle: Values) -> None:
     """ZeRO 1 and 2 with reordered parameters, where DeepSpeed's own functions set those of other names."""
     zero = engine.optimizer
     for number, (members, offsets) in enumerate(
