@@ -1,6 +1,7 @@
 """The `[checkpoint]` section of the run file."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -18,7 +19,16 @@ class CheckpointConfig(Settings):
     background: bool = Field(default=True, description="Write in a thread while training goes on.")
     load: Path | None = Field(
         default=None,
-        description="Start from this checkpoint: its folder, a folder of checkpoints, or a run's folder.",
+        description="Start from this checkpoint: a folder of Ratoon's, a run's folder, or what Megatron, DeepSpeed, "
+        "PyTorch DCP (FSDP) or Hugging Face saved.",
+    )
+    spec: str | None = Field(
+        default=None,
+        description="Names of `load` in the universal checkpoint language: a shipped spec or a TOML file. By "
+        "default the shipped one that fits.",
+    )
+    facts: dict[str, int] = Field(
+        default={}, description="Whole numbers that the spec needs and `load` does not say, as vocab_size."
     )
     resume: bool = Field(
         default=True,
@@ -26,4 +36,9 @@ class CheckpointConfig(Settings):
     )
     weights_only: bool = Field(
         default=False, description="Take only weights and masters from `load`: fresh moments, step 0."
+    )
+    parity: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Compare the logits with transformers' before the first step of a run that starts from a "
+        "Hugging Face model. auto: where transformers is installed and the model fits into memory twice.",
     )

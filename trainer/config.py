@@ -5,7 +5,7 @@ wrong run file is refused at once.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -21,6 +21,11 @@ from trainer.precision import PrecisionConfig
 from trainer.run_config import EvalConfig, MetricsConfig, RunSettings, TrainConfig
 from trainer.run_file import RunFile, apply_overrides, read_run_file, to_toml
 from trainer.schedule import Anchor, Schedule, ScheduleConfig
+
+if TYPE_CHECKING:
+    from checkpoint.opening import Opened
+
+HUGGING_FACE = "Hugging Face"  # how the format of such a folder begins
 
 
 class RunConfig(Settings):
@@ -89,23 +94,34 @@ def schedule(config: RunConfig) -> Schedule:
 
 
 def starting_checkpoint(config: RunConfig) -> Path | None:
-    """The complete checkpoint that the run starts from, its own before `checkpoint.load`; None for a new run.
+    """The checkpoint that the run starts from, its own before `checkpoint.load`; None for a new run.
 
     Raises:
-        ValueError: there is no complete checkpoint at `checkpoint.load`.
+        ValueError: there is no complete checkpoint at `checkpoint.load`, or none of a known format.
     """
-    from checkpoint.folder import find_latest
+    from checkpoint.folder import find_latest, is_ratoon
     from checkpoint.folder import resolve as resolve_folder
 
     own = find_latest(config.run.checkpoints) if config.checkpoint.resume else None
     if own is not None or config.checkpoint.load is None:
         return own
-    return resolve_folder(config.checkpoint.load)
+    path = config.checkpoint.load
+    if is_ratoon(path):
+        return resolve_folder(path)
+    from checkpoint.readers import recognise
+
+    recognise(path)
+    return path
 
 
 def resumes_itself(config: RunConfig, path: Path) -> bool:
     """Whether the checkpoint that the run starts from is its own, so that whatever it decided stays."""
     return config.checkpoint.resume and path.parent == config.run.checkpoints
+
+
+def starts_afresh(config: RunConfig, opened: "Opened") -> bool:
+    """Whether only weights are taken from another run's checkpoint: as asked, or since it has no more."""
+    return config.checkpoint.weights_only or opened.format.startswith(HUGGING_FACE)
 
 
 def config_toml(config: RunConfig) -> str:
@@ -197,23 +213,27 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
 
 def _start_problems(config: RunConfig, path: Path) -> list[str]:
     """What is wrong with going on from the checkpoint at `path`: its step and where the schedule begins."""
-    from checkpoint.folder import read_manifest
+    from checkpoint.opening import open_checkpoint
 
-    _, manifest = read_manifest(path)
-    plan = schedule(config)
     same_run = resumes_itself(config, path)
-    if config.checkpoint.weights_only and not same_run:
+    opened = open_checkpoint(
+        path, spec=None if same_run else config.checkpoint.spec, facts=config.checkpoint.facts
+    )
+    if opened.problems:
+        return [f"checkpoint.load: {problem}" for problem in opened.problems]
+    plan, step, found = schedule(config), opened.manifest.step, opened.manifest.state
+    if starts_afresh(config, opened) and not same_run:
         return plan.problems()
-    if same_run and manifest.step >= config.train.steps:
+    if same_run and step >= config.train.steps:
         return []  # done already, which is no fault
-    if manifest.step >= config.train.steps:
+    if step >= config.train.steps:
         return [
-            f"train.steps = {config.train.steps}, but {path} is at step {manifest.step} already: train.steps "
+            f"train.steps = {config.train.steps}, but {path} is at step {step} already: train.steps "
             "counts from the first run's beginning; raise it, or set checkpoint.weights_only = true"
         ]
-    saved = Anchor.from_json(manifest.state["schedule"]["anchor"])
-    lr = float(manifest.state["scalars"]["lr"])
-    return plan.problems(plan.resume(saved, step=manifest.step, lr=lr, same_run=same_run))
+    saved = Anchor.from_json(found["schedule"]["anchor"]) if "schedule" in found else plan.begin()
+    lr = float(found.get("scalars", {}).get("lr", 0.0))
+    return plan.problems(plan.resume(saved, step=step, lr=lr, same_run=same_run))
 
 
 def _step_problems(config: RunConfig) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -75,6 +76,21 @@ def weight_decay(config: OptimizerConfig, name: str) -> float:
     group = parameter_group(name)
     decays = group == "matrix" or (group == "embedding" and config.decay_embeddings)
     return config.weight_decay if decays else 0.0
+
+
+def settings_by_group(config: OptimizerConfig, names: Iterable[str], lr: float) -> list[dict[str, Any]]:
+    """The optimizer's settings as a checkpoint keeps them: groups of logical names with the same settings.
+
+    Args:
+        lr: learning rate of the last update.
+    """
+    groups: dict[float, list[str]] = {}
+    for name in names:
+        groups.setdefault(weight_decay(config, name), []).append(name)
+    return [
+        {"names": held, "lr": lr, "weight_decay": decay, "betas": list(config.betas), "eps": config.eps}
+        for decay, held in groups.items()
+    ]
 
 
 def megatron_optimizer_config(

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint.load import LoadedState, load
 from checkpoint.save import Saved, Saver
 from parallel.engine import Engine
 from parallel.forward import gather_texts
 from parallel.fp8_state import get_fp8_state, set_fp8_state
-from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.random_state import get_random_state, set_random_state
 from trainer.build import build_engine, execution_here
-from trainer.config import RunConfig, architecture, resumes_itself, schedule, starting_checkpoint
+from trainer.config import RunConfig, architecture, schedule, starting_checkpoint
 from trainer.data.batch import MicroBatch
 from trainer.data.stream import TokenStream
 from trainer.model.architecture import Architecture
+from trainer.model.parameters import logical_parameters
 from trainer.model.transformer import Execution
+from trainer.optimizer import settings_by_group
 from trainer.precision import accelerator_here, fp8_refusal
 from trainer.schedule import Anchor, Schedule
+from trainer.start import Start, begin, start_from
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Session:
             },
             "data": self.stream.state(self.step),
             "parameter_groups": self.config.optimizer.model_dump(mode="json"),
+            "groups": settings_by_group(self.config.optimizer, logical_parameters(self.model), self.lr),
             "model": self.model.model_dump(mode="json"),
             "config": self.config.model_dump(mode="json"),
             "layout": layout_facts(self.mesh),
@@ -117,29 +118,33 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
     path = _agreed_checkpoint(config)
     length, seed = config.data.sequence_length, config.run.seed if path is None else None
     engine = build_engine(mesh, model, config.optimizer, execution, sequence_length=length, seed=seed)
-    same_run = path is not None and resumes_itself(config, path)
-    loaded = _load(config, engine, path, weights_only=config.checkpoint.weights_only and not same_run)
+    notes = [f"{engine.backend.kind} modules: {engine.backend.reason}; {_optimizer_name(engine)}"]
+    if execution.transformer_engine and config.parallel.context > 1 and config.data.document_mask:
+        notes.append("portable attention: Transformer Engine takes no documents under context parallelism")
     plan = schedule(config)
+    start = begin(plan)
+    if path is not None:
+        start, more = start_from(config, engine, path, layout_facts(mesh))
+        notes += more
     session = Session(
         config=config,
         mesh=mesh,
         model=model,
         execution=execution,
         engine=engine,
-        stream=_open_stream(config, loaded),
+        stream=_open_stream(config, start),
         schedule=plan,
-        anchor=plan.begin(),
-        saver=_open_saver(config, mesh, run_id=loaded.run_id if loaded is not None and same_run else None),
-        step=0,
-        lr=0.0,
-        resumed=same_run,
-        lineage=[],
+        anchor=start.anchor,
+        saver=_open_saver(config, mesh, run_id=start.run_id),
+        step=start.step,
+        lr=start.lr,
+        resumed=start.resumed,
+        lineage=start.lineage,
     )
-    notes = [f"{engine.backend.kind} modules: {engine.backend.reason}; {_optimizer_name(engine)}"]
-    if execution.transformer_engine and config.parallel.context > 1 and config.data.document_mask:
-        notes.append("portable attention: Transformer Engine takes no documents under context parallelism")
-    if loaded is not None:
-        notes += _go_on(session, loaded, same_run=same_run)
+    engine.updates = start.updates
+    if start.rank_state:
+        set_random_state(dict(start.rank_state))
+        set_fp8_state(engine.chunks, engine.config, start.rank_state)
     return session, notes
 
 
@@ -180,76 +185,14 @@ def _open_saver(config: RunConfig, mesh: Mesh, *, run_id: str | None) -> Saver:
     )
 
 
-def _load(config: RunConfig, engine: Engine, path: Path | None, *, weights_only: bool) -> LoadedState | None:
-    if path is None:
-        return None
-    return load(
-        path,
-        engine.slices(),
-        rank=engine.mesh.rank,
-        layout=layout_facts(engine.mesh),
-        weights_only=weights_only,
-    )
-
-
-def _open_stream(config: RunConfig, loaded: LoadedState | None) -> TokenStream:
-    fresh = loaded is None or bool(loaded.fresh)
+def _open_stream(config: RunConfig, start: Start) -> TokenStream:
     return TokenStream(
         config.data,
         seed=config.run.seed,
         global_batch=config.train.global_batch,
-        state=None if fresh or loaded is None else loaded.state["data"],
+        state=start.data,
+        first_step=start.step,
     )
-
-
-def _go_on(session: Session, loaded: LoadedState, *, same_run: bool) -> list[str]:
-    """Take over step, schedule and random streams; say what has changed."""
-    saved = loaded.state
-    session.lineage = [*saved.get("lineage", [])]
-    if not same_run:
-        origin = {"path": str(loaded.path), "step": loaded.step, "run": saved["config"]["run"]["name"]}
-        session.lineage.append(origin)
-    notes = [f"loaded {loaded.path}, saved under {_degrees(saved['layout'])}: {_amount(loaded)}"]
-    notes += [
-        f"changed since: {change}" for change in _differences(saved["model"], session.model.model_dump())
-    ]
-    if loaded.fresh:
-        return [*notes, f"{', '.join(loaded.fresh)} start fresh, and so do step, schedule and data"]
-    session.step = loaded.step
-    session.lr = float(saved["scalars"]["lr"])
-    session.engine.updates = int(saved["scalars"]["updates"])
-    anchor = Anchor.from_json(saved["schedule"]["anchor"])
-    session.anchor = session.schedule.resume(anchor, step=session.step, lr=session.lr, same_run=same_run)
-    if session.anchor != anchor:
-        notes.append(
-            f"the schedule starts anew: {session.config.schedule.kind} from step {session.anchor.step}, "
-            f"learning rate {session.anchor.lr:.3g}"
-        )
-    if loaded.rank_state:
-        set_random_state(dict(loaded.rank_state))
-        set_fp8_state(session.engine.chunks, session.engine.config, loaded.rank_state)
-    return notes
-
-
-def _amount(loaded: LoadedState) -> str:
-    return (
-        f"step {loaded.step}, {loaded.bytes_read / 1e6:,.1f} MB read by this rank in {loaded.seconds:.2f} s"
-    )
-
-
-def _degrees(layout: Mapping[str, Any]) -> str:
-    degrees = {key: value for key, value in layout.items() if key != "world_size"}
-    return Layout(**degrees).describe(layout["world_size"])
-
-
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Fields of the model that the checkpoint had otherwise; its shapes have been compared already."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
-    return [
-        f"model.{key} {saved[key]} -> {plain[key]}"
-        for key in saved
-        if key in plain and plain[key] != saved[key]
-    ]
 
 
 def _optimizer_name(engine: Engine) -> str:

@@ -84,7 +84,7 @@ def run_config(folder: Path, layout: Layout | None = None, **changes: Any) -> Ru
     """A run file of 6 steps in `folder`/`run__name`, where `write_corpora` has been.
 
     Args:
-        changes: keys of the run file with `__` for the dot, such as train__steps.
+        changes: keys of the run file with `__` for the dot, such as train__steps, or whole sections.
     """
     name = changes.pop("run__name", "run")
     values: dict[str, Any] = {
@@ -106,7 +106,10 @@ def run_config(folder: Path, layout: Layout | None = None, **changes: Any) -> Ru
     }
     for key, value in changes.items():
         section, _, entry = key.partition("__")
-        values.setdefault(section, {})[entry] = value
+        if entry:
+            values.setdefault(section, {})[entry] = value
+        else:
+            values[section] = value
     return RunConfig.model_validate(values)
 
 

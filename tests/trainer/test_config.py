@@ -135,7 +135,7 @@ def test_overrides_leave_the_file_as_it_was(run_file: Path) -> None:
         (["precision.fp8=delayed"], 1, "needs bf16"),
         (["schedule.warmup_steps=50"], 1, "schedule.warmup_steps is 50"),
         (["data.sources.0.path=nowhere"], 1, "nowhere.bin and nowhere.idx do not exist"),
-        (["checkpoint.load=nowhere"], 1, "checkpoint.load: nowhere: no such folder"),
+        (["checkpoint.load=nowhere"], 1, "checkpoint.load: nowhere: there is nothing"),
         (["data.tokenizer=nowhere.json"], 1, "data.tokenizer: nowhere.json does not exist"),
         (["model.vocab_size=100"], 1, "the tokenizer has 257"),
         (["model.preset=tyni"], 1, "did you mean tiny"),

@@ -40,10 +40,11 @@ class Position:
         weights: dict[str, float],
         sizes: dict[str, int],
         tokenizer: str,
+        first_step: int = 0,
     ) -> Position:
-        """The position of a run that has read nothing."""
+        """The position of a run that has read nothing before `first_step`."""
         starts = dict.fromkeys(weights, 0)
-        return Position(seed, sequence_length, global_batch, weights, sizes, starts, tokenizer)
+        return Position(seed, sequence_length, global_batch, weights, sizes, starts, tokenizer, first_step)
 
     def state(self, step: int, counts: Sequence[int]) -> dict[str, Any]:
         """What a checkpoint before `step` keeps, as JSON.

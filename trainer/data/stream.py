@@ -153,8 +153,11 @@ class TokenStream(Batches):
         seed: int,
         global_batch: int,
         state: Mapping[str, Any] | None = None,
+        first_step: int = 0,
     ) -> None:
         """Open the sources; `state` is what `state()` returned in the run that this one goes on from.
+
+        Without a state every source begins at its beginning, at step `first_step`.
 
         With the same sources, weights, sequence length and global batch, a resumed run goes on as if it had
         never stopped. Where one of them has changed, a new mixture begins at the step of the state, and each
@@ -179,6 +182,7 @@ class TokenStream(Batches):
             weights=dict(zip(names, weights, strict=True)),
             sizes={name: corpus.num_tokens for name, corpus in zip(names, corpora, strict=True)},
             tokenizer=tokenizer.fingerprint,
+            first_step=first_step,
         )
         if state is not None:
             self._position = self._position.resume(state)

@@ -1,0 +1,143 @@
+"""What a run starts from: a checkpoint of its own, another run's, or another trainer's; or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.load import LoadedState, load
+from checkpoint.opening import Opened, open_checkpoint
+from parallel.engine import Engine
+from parallel.layout import Layout
+from trainer.config import HUGGING_FACE, RunConfig, architecture, resumes_itself, schedule, starts_afresh
+from trainer.parity.start import gate
+from trainer.schedule import Anchor, Schedule
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run stands before its first step.
+
+    Attributes:
+        step: optimizer steps done; 0 with fresh moments.
+        updates: of Adam, which its bias correction counts.
+        lr: of the last update.
+        anchor: where the schedule began.
+        data: position to go on from; None begins every source at its beginning.
+        resumed: goes on from a checkpoint of its own.
+        lineage: the checkpoints that it comes from, oldest first.
+        rank_state: this rank's bytes, on the same layout only.
+    """
+
+    step: int
+    updates: int
+    lr: float
+    anchor: Anchor
+    data: Mapping[str, Any] | None
+    resumed: bool
+    run_id: str | None
+    lineage: list[dict[str, Any]]
+    rank_state: Mapping[str, bytes]
+
+
+def begin(plan: Schedule, lineage: list[dict[str, Any]] | None = None) -> Start:
+    """A run that starts at step 0, from nothing or from weights alone."""
+    return Start(0, 0, 0.0, plan.begin(), None, False, None, lineage or [], {})
+
+
+def start_from(
+    config: RunConfig, engine: Engine, path: Path, layout: Mapping[str, Any]
+) -> tuple[Start, list[str]]:
+    """Load the checkpoint at `path` into the engine; say what was recognised, loaded and changed.
+
+    Raises:
+        ValueError: on every rank, when the checkpoint is damaged or does not fit.
+    """
+    plan, same_run = schedule(config), resumes_itself(config, path)
+    opened = open_checkpoint(
+        path, spec=None if same_run else config.checkpoint.spec, facts=config.checkpoint.facts
+    )
+    weights_only = not same_run and starts_afresh(config, opened)
+    loaded = load(opened, engine.slices(), rank=engine.mesh.rank, layout=layout, weights_only=weights_only)
+    notes = _what_was_loaded(opened, loaded) + _changes(loaded, config)
+    lineage = _lineage(opened, loaded, same_run=same_run)
+    if loaded.fresh:
+        notes.append(f"{', '.join(loaded.fresh)} start fresh, and so do step, schedule and data")
+        if opened.format.startswith(HUGGING_FACE):
+            notes += filter(None, [gate(config, engine, path)])
+        return begin(plan, lineage), notes
+    found = loaded.state
+    scalars = found.get("scalars", {})
+    lr = float(scalars.get("lr", 0.0))
+    saved = Anchor.from_json(found["schedule"]["anchor"]) if "schedule" in found else plan.begin()
+    anchor = plan.resume(saved, step=loaded.step, lr=lr, same_run=same_run)
+    start = Start(
+        step=loaded.step,
+        updates=int(scalars.get("updates", loaded.step)),
+        lr=lr,
+        anchor=anchor,
+        data=found.get("data"),
+        resumed=same_run,
+        run_id=loaded.run_id if same_run else None,
+        lineage=lineage,
+        rank_state=loaded.rank_state,
+    )
+    return start, notes + _ways_of_going_on(start, saved, config, found)
+
+
+def _what_was_loaded(opened: Opened, loaded: LoadedState) -> list[str]:
+    layout = loaded.state.get("layout")
+    how = f"saved under {_degrees(layout)}" if layout else opened.format
+    amount = f"{loaded.bytes_read / 1e6:,.1f} MB read by this rank in {loaded.seconds:.2f} s"
+    notes = [f"loaded {loaded.path}, {how}: step {loaded.step}, {amount}", *opened.notes]
+    if opened.left_out:
+        notes.append(f"not taken over: {'; '.join(opened.left_out)}")
+    return notes
+
+
+def _lineage(opened: Opened, loaded: LoadedState, *, same_run: bool) -> list[dict[str, Any]]:
+    lineage = [*loaded.state.get("lineage", [])]
+    if same_run:
+        return lineage
+    origin: dict[str, Any] = {"path": str(loaded.path), "step": loaded.step}
+    if "config" in loaded.state:
+        origin["run"] = loaded.state["config"]["run"]["name"]
+    else:
+        origin["format"] = opened.format
+    return [*lineage, origin]
+
+
+def _ways_of_going_on(start: Start, saved: Anchor, config: RunConfig, found: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if "schedule" not in found:
+        notes.append(
+            f"the checkpoint has no schedule of ours: {config.schedule.kind} counts from step "
+            f"{start.anchor.step}"
+        )
+    elif start.anchor != saved:
+        notes.append(
+            f"the schedule starts anew: {config.schedule.kind} from step {start.anchor.step}, "
+            f"learning rate {start.anchor.lr:.3g}"
+        )
+    if start.data is None:
+        notes.append("the checkpoint has no data position of ours: every source starts at its beginning")
+    return notes
+
+
+def _degrees(layout: Mapping[str, Any]) -> str:
+    degrees = {key: value for key, value in layout.items() if key != "world_size"}
+    return Layout(**degrees).describe(layout["world_size"])
+
+
+def _changes(loaded: LoadedState, config: RunConfig) -> list[str]:
+    """Fields of the model that the checkpoint had otherwise; its shapes have been compared already."""
+    saved = loaded.state.get("model", {})
+    now = architecture(config).model_dump()
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
+    return [
+        f"changed since: model.{key} {saved[key]} -> {plain[key]}"
+        for key in saved
+        if key in plain and plain[key] != saved[key]
+    ]
