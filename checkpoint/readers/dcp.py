@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from checkpoint.readers.dcp_chunks import locate, read_items, read_numbers
+from checkpoint.readers.dcp_chunks import find_damage, locate, read_items, read_numbers
 from checkpoint.readers.dcp_metadata import METADATA, SUFFIX, DcpMetadata, joined, read_dcp_metadata
 from checkpoint.readers.dcp_optimizer import MASTERS, Group, name_numbers, read_groups
 from checkpoint.readers.dcp_tree import StateName, Tree, below, optimizer_roots, plain_name, sort_names
@@ -36,7 +36,7 @@ def read(path: Path) -> Source:
     Damage of single files (missing, truncated) is in the source's `problems`.
 
     Raises:
-        ValueError: the index is missing, so that the save was not finished, or damaged; or parameters are flat.
+        ValueError: the index is missing, so that the save was not finished, or damaged; parameters are flat.
     """
     folder = path.absolute()
     parts = [read_dcp_metadata(part) for part in _folders(folder)]
@@ -173,7 +173,7 @@ def _read_others(metadata: DcpMetadata, roots: list[str], tree: Tree, source: So
     items, wrong = read_items(metadata, [n for n in metadata.items if n not in optimizers], refused=refused)
     counters = [name for name in tree.others if math.prod(metadata.tensors[name].shape) == 1]
     numbers, problems = read_numbers(metadata, counters)
-    source.problems += [*wrong, *problems]
+    source.problems += [*wrong, *problems, *find_damage(metadata, tree.others)]
     values: dict[str, Any] = {}
     for name, value in {**items, **numbers}.items():
         try:

@@ -84,6 +84,17 @@ def read_numbers(metadata: DcpMetadata, names: Iterable[str]) -> tuple[dict[str,
     return found, problems
 
 
+def find_damage(metadata: DcpMetadata, names: Iterable[str]) -> list[str]:
+    """What is wrong with the files of tensors that are not carried: more of them may be damaged."""
+    wanted = [
+        _Wanted(name, chunk.stored, chunk.box)
+        for name in names
+        for chunk in metadata.tensors[name].chunks
+        if chunk.stored is not None
+    ]
+    return _each(metadata.folder, wanted, lambda *_: None)
+
+
 class _Wanted(NamedTuple):
     name: str
     stored: Stored
