@@ -10,8 +10,9 @@ from difflib import get_close_matches
 
 from checkpoint.language.layout import stack_axes, whole_parts
 from checkpoint.language.matching import SHOWN, cut
+from checkpoint.language.rules import AXES, Fused, Padded, Rule
 from checkpoint.language.sizes import Facts, UnknownFactError
-from checkpoint.language.spec import AXES, Fused, Padded, Rule, Spec, SpecError
+from checkpoint.language.spec import Spec, SpecError
 from checkpoint.language.template import Value
 from checkpoint.source import Part
 

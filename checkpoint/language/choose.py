@@ -5,8 +5,9 @@ from __future__ import annotations
 from checkpoint.language.deepspeed_info import universal_placement
 from checkpoint.language.matching import Matcher
 from checkpoint.language.place import place
+from checkpoint.language.rules import AXES
 from checkpoint.language.sizes import Facts
-from checkpoint.language.spec import AXES, Spec, SpecError, load_spec, shipped_specs
+from checkpoint.language.spec import Spec, SpecError, load_spec, shipped_specs
 from checkpoint.source import Source
 
 

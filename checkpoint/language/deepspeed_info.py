@@ -7,12 +7,14 @@ beginning of a name, the lists are asked in a fixed order, and what is in none i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from checkpoint.language.matching import SHOWN, cut
-from checkpoint.language.spec import Fused, Padded, Rule, Sharded, Spec, SpecError
+from checkpoint.language.rules import Fused, Padded, Region, Regions, Rule, Sharded
+from checkpoint.language.spec import Spec, SpecError
 
 VERSION = 0.4
 """The newest `universal_checkpoint_version` whose keys are known."""
@@ -27,6 +29,8 @@ VOCABULARY = "vocabulary_parameter_patterns"
 PIPELINE = "pipeline_replicated_parameter_patterns"
 EXPERTS = "expert_parameter_patterns"
 UNSUPPORTED = "autotp_unsupported_parameter_patterns"
+AFFINE = "affine_map"
+AFFINE_VERSION = 1
 
 
 class _Patterns:
@@ -73,6 +77,13 @@ def universal_placement(info: Mapping[str, Any], names: Sequence[str], degrees: 
             "the tensors lie on ranks in a spec of your own (--spec FILE)",
             [],
         )
+    affine = int((info.get(AFFINE) or {}).get("version", AFFINE_VERSION))
+    if affine > AFFINE_VERSION:
+        raise SpecError(
+            f"its affine_map has version {affine}, known is {AFFINE_VERSION}: say how the tensors lie on "
+            "ranks in a spec of your own (--spec FILE)",
+            [],
+        )
     sorter = _Sorter(info, version)
     for name in names:
         sorter.sort(name)
@@ -87,6 +98,43 @@ def universal_placement(info: Mapping[str, Any], names: Sequence[str], degrees: 
     )
 
 
+def _regions(entry: Mapping[str, Any]) -> Regions:
+    """An affine map: pieces given by offset and strides, in the parameter and in each rank's memory.
+
+    Raises:
+        ValueError: a piece is not a box on both sides, or is scaled.
+    """
+    whole = tuple(entry["logical_shape"])
+    ranks: dict[int, tuple[Region, ...]] = {}
+    for rank, held in entry["ranks"].items():
+        local = tuple(held["shard_shape"])
+        pieces = [piece for piece in held["pieces"] if math.prod(piece["shape"])]
+        if any(float(piece.get("scale", 1.0)) != 1.0 for piece in pieces):
+            raise ValueError("a piece is scaled, which would have to change the learning rate as well")
+        ranks[int(rank)] = tuple(
+            Region(
+                start=_corner(piece["dest"], piece["shape"], local),
+                offset=_corner(piece["source"], piece["shape"], whole),
+                size=tuple(piece["shape"]),
+            )
+            for piece in pieces
+        )
+    return Regions(
+        over=("tensor",), shape=whole, ranks=tuple(ranks.get(i, ()) for i in range(max(ranks) + 1))
+    )
+
+
+def _corner(view: Sequence[Any], size: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Where in a row-major tensor a box of `size` begins that is given by offset and strides."""
+    offset, strides = view
+    own = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if len(size) != len(shape) or any(n > 1 and a != b for n, a, b in zip(size, strides, own, strict=True)):
+        raise ValueError(
+            f"a piece of {list(size)} with the strides {list(strides)} is no box of {list(shape)}"
+        )
+    return tuple(offset // stride % length for stride, length in zip(own, shape, strict=True))
+
+
 class _Sorter:
     """Sorts names by how they lie on the ranks: one rule for all that are alike."""
 
@@ -98,6 +146,8 @@ class _Sorter:
         self._parts = _Patterns(self._shapes)
         self._experts = [re.compile(pattern) for pattern in info.get(EXPERTS) or ()]
         self._unsupported = {re.compile(p): why for p, why in (info.get(UNSUPPORTED) or {}).items()}
+        self._maps: dict[str, Any] = (info.get(AFFINE) or {}).get("params") or {}
+        self._affine = _Patterns(self._maps)
         self._version = version
         self._names: dict[tuple[str, str, bool], list[str]] = {}
         self._refused: list[str] = []
@@ -108,11 +158,24 @@ class _Sorter:
         if refused is not None:
             self._refused.append(f"{name}: DeepSpeed says that its pieces cannot be put together: {refused}")
         kind, pattern = self._kind(name)
+        if kind == AFFINE:
+            try:
+                _regions(self._maps[pattern])
+            except ValueError as error:
+                self._refused.append(f"{name}: {error}; say how it lies in a spec of your own (--spec FILE)")
         padded = self._vocabulary.match(name) is not None
         self._names.setdefault((kind, pattern, padded), []).append(name)
 
     def _kind(self, name: str) -> tuple[str, str]:
-        """The list that decides, and for fused tensors the pattern."""
+        """The list that decides, and the pattern where it says more.
+
+        Lists that an affine map makes superfluous are asked as well, or their patterns would seem unused.
+        """
+        asked = self._listed_kind(name)
+        affine = self._affine.match(name)
+        return (AFFINE, affine) if affine is not None else asked
+
+    def _listed_kind(self, name: str) -> tuple[str, str]:
         if any(pattern.search(name) for pattern in self._experts):
             return EXPERTS, ""
         for key in (REPLICATED, AVERAGE, TWO_PARTS):
@@ -132,7 +195,7 @@ class _Sorter:
         unused = [f"{pattern} in {key}" for key, patterns in lists for pattern in patterns.unused]
         if unused:
             found.append(cut("patterns that match no name: ", unused[:SHOWN], len(unused)))
-        if not any(self._info.get(key) for key in (REPLICATED, AVERAGE, TWO_PARTS, PARTS, ROWS)):
+        if not any(self._info.get(key) for key in (AFFINE, REPLICATED, AVERAGE, TWO_PARTS, PARTS, ROWS)):
             found.append(
                 "there are several tensor ranks, but the lists of patterns are empty (as "
                 "--inject_missing_state leaves them): say how the tensors lie on ranks in a spec of your own "
@@ -162,6 +225,8 @@ class _Sorter:
             return {"fused": Fused(parts=("first", "second")), "sharded": each}
         if kind == PARTS:
             return self._fused(pattern)
+        if kind == AFFINE:
+            return {"regions": _regions(self._maps[pattern])}
         return {**placement, "sharded": Sharded(over=("tensor",), dim=1 if kind == ROWS else 0)}
 
     def _fused(self, pattern: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from checkpoint.language.problems import Problems
+from checkpoint.language.rules import Rule
 from checkpoint.language.runs import Cut
-from checkpoint.language.spec import Rule
 from checkpoint.language.template import Value
 
 Coordinates = tuple[tuple[str, int], ...]
@@ -106,6 +106,11 @@ class Extents:
         self._problems = problems
         self._held: dict[_Place, dict[int, int]] = {}
         self._cuts: dict[tuple[_Place, int], Cut | None] = {}
+
+    def index(self, item: Held, over: Iterable[str]) -> int | None:
+        """Which rank of the axes this is; None where the tensor does not know them, and so is whole."""
+        axes = axes_of(over, item.where)
+        return self._index(axes, item.where) if axes else None
 
     def _index(self, axes: tuple[str, ...], at: Mapping[str, int]) -> int:
         index = 0

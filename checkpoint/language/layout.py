@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from checkpoint.boxes import Box
 from checkpoint.language.extents import Extents, Held
 from checkpoint.language.problems import Problems
+from checkpoint.language.rules import Regions, Rule
 from checkpoint.language.runs import Cut, Run, Stretch, stretch
 from checkpoint.language.sizes import Facts
-from checkpoint.language.spec import Rule
 from checkpoint.language.template import Value
-from checkpoint.source import Part
+from checkpoint.source import Part, plain_part
 
 
 def stack_axes(rule: Rule, num_axes: int) -> list[int]:
@@ -82,6 +82,8 @@ class Layouts:
     def parts(self, item: Held) -> tuple[Part, ...]:
         """Every region of the stored tensor with its logical box; none where there is a problem."""
         rule, num_axes = self._rules[item.rule], len(item.shape)
+        if rule.regions is not None:
+            return self._listed(item, rule, rule.regions)
         try:
             stacked = stack_axes(rule, num_axes)
             rest = [axis for axis in range(num_axes) if axis not in stacked]
@@ -99,6 +101,27 @@ class Layouts:
                 return ()
             stretches.append(found)
         return tuple(_combine(rule, item.values, [(axis, cuts[axis]) for axis in stacked], rest, stretches))
+
+    def _listed(self, item: Held, rule: Rule, regions: Regions) -> tuple[Part, ...]:
+        """The parts that the rule lists for the item's rank."""
+        name, rank = rule.target.fill(item.values), self._extents.index(item, regions.over)
+        if rank is None:
+            return (plain_part(name, item.shape),)
+        if rank >= len(regions.ranks):
+            self._problems.add(
+                f"`regions` lists {len(regions.ranks)} ranks, and this is rank {rank}", item.name
+            )
+            return ()
+        axes, steps = tuple(range(len(item.shape))), (1,) * len(item.shape)
+        for region in regions.ranks[rank]:
+            ends = [start + size for start, size in zip(region.start, region.size, strict=False)]
+            if len(ends) != len(item.shape) or any(e > s for e, s in zip(ends, item.shape, strict=True)):
+                self._problems.add(f"the region {region} does not fit into {list(item.shape)}", item.name)
+                return ()
+        return tuple(
+            Part(name, regions.shape, Box(each.offset, each.size), each.start, axes, steps)
+            for each in regions.ranks[rank]
+        )
 
     def _cuts(self, item: Held, rule: Rule, stacked: list[int], rest: list[int]) -> list[Cut] | None:
         cuts: list[Cut | None] = [Cut(0, (extent,)) for extent in item.shape]

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from checkpoint.language.rules import Rule
 from checkpoint.language.sizes import Facts
-from checkpoint.language.spec import Rule, Spec
+from checkpoint.language.spec import Spec
 from checkpoint.language.template import Template, Value
 
 SHOWN = 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from checkpoint.language.compose import compose
@@ -13,8 +13,9 @@ from checkpoint.language.matching import SHOWN, Match, Matcher, match_names
 from checkpoint.language.problems import Problems
 from checkpoint.language.reshape import viewed, viewed_tensor
 from checkpoint.language.roles import Role, roles
+from checkpoint.language.rules import AXES
 from checkpoint.language.sizes import Facts
-from checkpoint.language.spec import AXES, Spec, SpecError
+from checkpoint.language.spec import Spec, SpecError
 from checkpoint.source import Part, SourceTensor
 
 __all__ = ["Layers", "Placed", "Role", "place"]
@@ -33,7 +34,7 @@ class Placed:
         parts: empty for a state that is not shaped like its parameter (scales, factored moments): whoever
             takes it on finds the parameter's parts at the same `source.name` and `source.at`.
         role: "replica" repeats what a "primary" holds; all of "average" are to be averaged. Tensors alike but
-            for their data rank have the same role.
+            for their data rank have the same role. A tensor comes twice if only some parts are replicas.
     """
 
     source: SourceTensor
@@ -104,8 +105,9 @@ class _Placing:
         if found:
             raise SpecError(headline, found, unmatched)
         return [
-            self._placed(tensor, items[key], parts[key], role)
-            for (tensor, key), role in zip(placed, given, strict=True)
+            each
+            for (tensor, key), its in zip(placed, given, strict=True)
+            for each in self._placed(tensor, items[key], parts[key], its)
         ]
 
     def _items(self, matches: Mapping[str, Match]) -> dict[Key, Held]:
@@ -142,11 +144,20 @@ class _Placing:
                     )
         return found
 
-    def _placed(self, tensor: SourceTensor, item: Held, parts: tuple[Part, ...], role: Role) -> Placed:
+    def _placed(
+        self, tensor: SourceTensor, item: Held, parts: tuple[Part, ...], its: list[Role]
+    ) -> Iterator[Placed]:
+        """The tensor with its parts, once for each role that they have."""
         shape = self._shapes[item.name, item.at]
         if tensor.shape != shape:
-            return Placed(tensor, (), role)
-        return Placed(viewed_tensor(tensor, item.shape) if item.shape != shape else tensor, parts, role)
+            yield Placed(tensor, (), its[0])
+            return
+        seen = viewed_tensor(tensor, item.shape) if item.shape != shape else tensor
+        if its.count(its[0]) == len(its):
+            yield Placed(seen, parts, its[0])
+            return
+        for role in dict.fromkeys(its):
+            yield Placed(seen, tuple(p for p, each in zip(parts, its, strict=True) if each == role), role)
 
 
 def _coordinates(tensor: SourceTensor) -> Coordinates:

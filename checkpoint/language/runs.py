@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from checkpoint.language.rules import Fused, Interleaved, Rule, Sharded
 from checkpoint.language.sizes import Facts
-from checkpoint.language.spec import Fused, Interleaved, Rule, Sharded
 
 
 class Run(NamedTuple):
