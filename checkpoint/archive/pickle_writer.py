@@ -12,8 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from checkpoint.archive.allowed import STORAGES
 from checkpoint.archive.file_tensor import ELEMENT_SIZES
-from checkpoint.archive.pickles import STORAGES
 from checkpoint.archive.standins import Namespace, Opaque
 from checkpoint.plan import row_major
 

@@ -5,6 +5,7 @@ The names and arguments: `torch/_utils.py` and `torch/_tensor.py`.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,10 +26,10 @@ class FileStorage(NamedTuple):
 def storage_of(saved_id: Any) -> tuple[str, str, int]:
     """dtype, key and number of bytes of a storage, from its persistent id."""
     if not isinstance(saved_id, tuple) or len(saved_id) < 5 or saved_id[0] != "storage":
-        raise BadPickleError(f"its pickle refers to {str(saved_id)[:80]}, which is no storage")
+        raise BadPickleError(f"its pickle refers to {reprlib.repr(saved_id)}, which is no storage")
     _, kind, key, _, numel, *view = saved_id
     if not isinstance(kind, StorageType) or not isinstance(numel, int) or numel < 0:
-        raise BadPickleError(f"its pickle refers to a storage of an unknown type, {kind}")
+        raise BadPickleError(f"its pickle refers to a storage of an unknown type, {reprlib.repr(kind)}")
     if view and view[0] is not None:
         raise BadPickleError("its storages are views of others (torch before 0.4): load and save it again")
     return kind.dtype, str(key), numel * ELEMENT_SIZES[kind.dtype]
@@ -55,7 +56,7 @@ def _tensor_of_dtype(
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> FileTensor:
     if not isinstance(storage, FileStorage) or not isinstance(dtype, str) or dtype not in ELEMENT_SIZES:
-        raise BadPickleError(f"a tensor of dtype {dtype!r} is made of {type(storage).__name__}")
+        raise BadPickleError(f"a tensor of dtype {reprlib.repr(dtype)} is made of {type(storage).__name__}")
     size = ELEMENT_SIZES[dtype]
     try:
         made = FileTensor(storage.file, storage.start + offset * size, dtype, tuple(shape), tuple(strides))
@@ -66,7 +67,7 @@ def _view(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> Fi
         raise BadPickleError("a tensor has a shape that is not made of whole numbers") from None
     if wrong or last * size > storage.num_bytes:
         raise BadPickleError(
-            f"a tensor of shape {list(made.shape)} from element {offset} on does not fit into its storage of "
+            f"a tensor of shape {reprlib.repr(list(made.shape))} does not fit into its storage of "
             f"{storage.num_bytes} bytes"
         )
     return made
@@ -93,10 +94,8 @@ def _wrapper(kind: Any, *args: Any) -> Opaque:
     return kind(*args)
 
 
-def _meta(dtype: Any, size: Any, *_: Any) -> Opaque:
-    raise BadPickleError(
-        f"a tensor of shape {list(size)} ({dtype}) is on the meta device: it was saved empty"
-    )
+def _meta(*_: Any) -> Opaque:
+    raise BadPickleError("a tensor is on the meta device: it was saved without its elements")
 
 
 def _refuse(what: str) -> Callable[..., Any]:

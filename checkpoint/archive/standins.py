@@ -6,6 +6,7 @@ Every class here forbids to change itself, since a pickle may set attributes on 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -103,10 +104,9 @@ class Opaque(metaclass=Frozen):
             return hash(self.name)
 
     def __repr__(self) -> str:
-        inside = ", ".join(
-            [*(repr(a) for a in self.args), *([f"state={self.state!r}"] if self.state else [])]
-        )
-        return f"{self.name}({inside})"
+        """Its arguments not in depth: a small pickle can refer to one object billions of times."""
+        plain = (bool, int, float, str, type(None))
+        return f"{self.name}({', '.join(repr(a) if isinstance(a, plain) else '...' for a in self.args)})"
 
 
 def opaque_class(name: str) -> type[Opaque]:
@@ -155,12 +155,12 @@ class NumpyDtype(metaclass=Frozen):
     __slots__ = ("_code", "_order")
 
     def __init__(self, code: str, *_: Any) -> None:
-        self._code, self._order = str(code), "="
+        self._code, self._order = code if isinstance(code, str) else "", "="
 
     def __setstate__(self, state: Any) -> None:
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         if order not in ("<", ">", "|", "="):
-            raise BadPickleError(f"a numpy dtype has the byte order {order!r}")
+            raise BadPickleError(f"a numpy dtype has the byte order {reprlib.repr(order)}")
         self._order = order
 
     def real(self) -> np.dtype[Any]:

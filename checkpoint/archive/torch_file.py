@@ -63,7 +63,7 @@ def open_torch_file(path: Path | str, offset: int = 0, length: int | None = None
             raise ValueError(f"{where}: {_too_short(rest, size)}")
         window = Window(descriptor, offset, rest)
         try:
-            begin = window.read(0, 16)
+            begin = window.read(0, 32)
             if begin[:4] == LOCAL:
                 value, records = _read_zip(window, file, where)
             elif is_legacy(begin) and length is None:

@@ -8,6 +8,7 @@ storage in the order of the keys: the number of its elements (int64) and the ele
 from __future__ import annotations
 
 import mmap
+import reprlib
 import struct
 from typing import Any
 
@@ -55,7 +56,7 @@ def _check_head(content: mmap.mmap, file: str) -> int:
         head.append(load_pickle(content[at:end], file))
         at = end
     if head[:2] != [MAGIC, PROTOCOL]:
-        raise BadPickleError(f"its protocol version is {head[1]!r}, {PROTOCOL} is read")
+        raise BadPickleError(f"its protocol version is {reprlib.repr(head[1])}, {PROTOCOL} is read")
     if not isinstance(head[2], dict) or head[2].get("little_endian") is not True:
         raise BadPickleError("its numbers are big-endian: only little-endian files are read")
     return at

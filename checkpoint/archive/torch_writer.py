@@ -150,34 +150,6 @@ def lay_out(pickled: bytes, storages: Sequence[tuple[str, int]], *, name: str = 
     return ArchiveLayout(_joined(early), payloads, size, tuple(members))
 
 
-def combine_crc32(first: int, second: int, second_length: int) -> int:
-    """CRC-32 of two runs of bytes, one behind the other, from the CRC-32 of each and the second's length.
-
-    A CRC is a remainder of polynomials over GF(2): the first is multiplied by x^(8 * length), as in zlib.
-    """
-    power, square, count = 1 << 31, _X8, second_length
-    while count:
-        if count & 1:
-            power = _multiply(square, power)
-        square = _multiply(square, square)
-        count >>= 1
-    return _multiply(power, first) ^ second
-
-
-def _multiply(a: int, b: int) -> int:
-    """Modulo the polynomial of CRC-32; the highest bit is the constant."""
-    product, bit = 0, 1 << 31
-    while bit:
-        if a & bit:
-            product ^= b
-        bit >>= 1
-        b = (b >> 1) ^ 0xEDB88320 if b & 1 else b >> 1
-    return product
-
-
-_X8 = 1 << 23  # x^8: one byte
-
-
 def _place(name: str, before: Sequence[_Member], size: int) -> _Member:
     """The next member, its content on the next aligned byte."""
     header = before[-1].end if before else 0

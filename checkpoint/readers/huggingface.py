@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,9 +178,12 @@ def _state_dict(file: Path, source: Source) -> dict[str, FileTensor]:
             value = value[key]
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds {type(value).__name__}, a dict of tensors is expected")
-    others = [str(name) for name, tensor in value.items() if not isinstance(tensor, FileTensor)]
-    source.left_out += [f"{file.name}: {name}: no tensor" for name in others]
-    return {str(name): tensor for name, tensor in value.items() if isinstance(tensor, FileTensor)}
+    tensors = {
+        name: each for name, each in value.items() if isinstance(each, FileTensor) and isinstance(name, str)
+    }
+    others = [reprlib.repr(name) for name in value if name not in tensors]
+    source.left_out += [f"{file.name}: {name} is no tensor" for name in others]
+    return tensors
 
 
 def _add(name: str, tensor: FileTensor, box: Box, *, gathered: _Gathered, source: Source) -> None:

@@ -24,7 +24,9 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint.archive.pickles import Namespace, Opaque, load_pickle
+from checkpoint.archive.pickles import load_pickle
+from checkpoint.archive.rebuild import storage_of
+from checkpoint.archive.standins import Namespace, Opaque
 from checkpoint.archive.torch_file import open_torch_file
 
 
@@ -143,6 +145,16 @@ def test_sizes_that_the_bytes_do_not_account_for_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"^x: ") as caught:
         load_pickle(BOMBS[name], "x")
     assert "MemoryError" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["persistent id", "argument"])
+def test_an_error_does_not_spell_out_billions_of_references(name: str) -> None:
+    """Forty lists, each of which holds the one before it twice."""
+    nested = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (n, n, n + 1) for n in range(40))
+    user = {"persistent id": b"h(Q.", "argument": b"c_codecs\nencode\n(S'x'\nh(tR."}[name]
+    with pytest.raises(ValueError, match=r"^x: ") as caught:
+        load_pickle(b"\x80\x02" + nested + user, "x", lambda saved_id: storage_of(saved_id))
+    assert len(str(caught.value)) < 1000
 
 
 def test_random_damage_is_a_value_error_or_harmless() -> None:

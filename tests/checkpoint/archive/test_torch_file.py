@@ -222,7 +222,7 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
     position = content.index(b"data.pkl")
     content = content[:position] + content[position:].replace(_crc_of(_saved(torch.ones(40))), b"\0\0\0\0")
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"shape \[41\] .* does not fit into its storage of 160 bytes"):
+    with pytest.raises(ValueError, match=r"shape \[41\] does not fit into its storage of 160 bytes"):
         open_torch_file(tmp_path / "x.pt")
 
 
