@@ -12,6 +12,10 @@ NONFINITE = "training diverged before this save (look at the loss), or bytes of 
 NEGATIVE = "a mean of squares is never negative: bytes of another tensor, or a flipped sign bit"
 STEPS = "parameters that were frozen or had no gradient at times, or files of different saves mixed"
 GROUPS = "ranks that were started with different settings, or files of different saves mixed"
+FROZEN = "frozen parameters, or another optimizer for them"
+GAP = "the file of a rank is missing, or the files are not of one save"
+OVERLAP = "files of different saves or layouts mixed, or a spec that takes copies for parts"
+ABOVE = "the damage that was found in the files' headers"
 LAYERS = "a pipeline stage's files are missing, or the spec leaves names out"
 
 _ONE_BIT = "one bit: a flip in storage or memory"

@@ -138,7 +138,7 @@ def _state_findings(tensors: Iterable[LogicalTensor]) -> Iterator[Finding]:
         if lacking and len(held) > len(lacking):
             severity: Severity = "error" if state == "weight" else "warning"
             what = f"{len(lacking)} of {len(names)} parameters have no {state}: {_listed(lacking)}"
-            cause = None if state == "weight" else "frozen parameters, or another optimizer for them"
+            cause = causes.LAYERS if state == "weight" else causes.FROZEN
             yield Finding(severity, "shapes", what, state=None, cause=cause, tensors=tuple(lacking))
 
 

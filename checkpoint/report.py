@@ -52,9 +52,11 @@ def verify_checkpoint(
         return Report(str(error.folder), error.format, findings=findings)
     manifest = opened.manifest
     with opened.reading() as gone:
-        found = [Finding("error", "open", line) for line in (*gone, *opened.problems)]
-        found += consistency(manifest, expected)
+        found = consistency(manifest, expected)
         found += verify_tensors(opened, manifest.tensors, workers=workers, progress=progress)
+        if opened.problems:
+            found = [_explained(finding) for finding in found]
+        found[:0] = [Finding("error", "open", line) for line in (*gone, *opened.problems)]
         found += [Finding("error", "hash", line) for line in damage(opened.folder, blob_extents(manifest))]
     pieces = [piece for tensor in manifest.tensors for piece in tensor.pieces]
     return Report(
@@ -99,6 +101,12 @@ def verify_tensors(
         findings += _byte_findings(by_key[key], tally)
         findings += _copy_findings(by_key[key], tally, opened.format)
     return findings
+
+
+def _explained(finding: Finding) -> Finding:
+    """What is missing has a known cause where the headers are damaged."""
+    is_lack = finding.cause in (causes.FROZEN, causes.GAP, causes.LAYERS)
+    return replace(finding, cause=causes.ABOVE) if is_lack else finding
 
 
 def _all_pieces(tensor: LogicalTensor) -> Iterator[Piece]:
@@ -155,7 +163,14 @@ def _coverage(tensor: LogicalTensor) -> list[Finding]:
     faults = [cover_problem(replace(tensor, pieces=pieces)) for pieces in copies]
     prefix = f"{tensor.name} ({tensor.state}): "
     return [
-        Finding("error", "coverage", fault.removeprefix(prefix), tensor.name, tensor.state)
+        Finding(
+            "error",
+            "coverage",
+            fault.removeprefix(prefix),
+            tensor.name,
+            tensor.state,
+            cause=causes.OVERLAP if "overlap" in fault else causes.GAP,
+        )
         for fault in faults
         if fault is not None
     ]
