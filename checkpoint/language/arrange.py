@@ -88,7 +88,7 @@ def arrange(
     if remaining:
         lines = [f"{name} ({incomplete.get(name) or _nearest(active, name)})" for name in remaining]
         problems.insert(
-            0, cut(f"{len(remaining)} logical tensors have no rule: ", lines[:SHOWN], len(remaining))
+            0, cut(f"logical tensors without a rule ({len(remaining)}):", lines[:SHOWN], len(remaining))
         )
     if problems:
         raise SpecError(f"the spec {spec.name!r} cannot write this model:", problems[: SHOWN + 1])

@@ -194,7 +194,7 @@ class _Sorter:
         lists = [*self._lists.items(), (VOCABULARY, self._vocabulary), (PARTS, self._parts)]
         unused = [f"{pattern} in {key}" for key, patterns in lists for pattern in patterns.unused]
         if unused:
-            found.append(cut("patterns that match no name: ", unused[:SHOWN], len(unused)))
+            found.append(cut("patterns that match no name:", unused[:SHOWN], len(unused)))
         if not any(self._info.get(key) for key in (AFFINE, REPLICATED, AVERAGE, TWO_PARTS, PARTS, ROWS)):
             found.append(
                 "there are several tensor ranks, but the lists of patterns are empty (as "

@@ -81,11 +81,16 @@ class Matcher:
         for number, rule in enumerate(self.rules):
             if not self._active[number] and not rule.names and rule.pattern.fullmatch(name):
                 return f"the rule {rule} would match, but its condition {rule.when!r} does not hold"
-        rules = [rule for rule in self.rules if not rule.names]
-        if not rules:
+        plain = re.sub(r"\d+", "0", name)
+        likeness = {
+            number: SequenceMatcher(None, plain, _plain(rule), autojunk=False).ratio()
+            + (0.1 if number not in self.used else 0)  # a misspelt rule has matched nothing
+            for number, rule in enumerate(self.rules)
+            if not rule.names
+        }
+        if not likeness:
             return "there are no rules with patterns"
-        likeness = [SequenceMatcher(None, name, str(rule), autojunk=False).ratio() for rule in rules]
-        return f"nearest rule: {rules[likeness.index(max(likeness))]}"
+        return f"nearest rule: {self.rules[max(likeness, key=lambda number: likeness[number])]}"
 
     def unused(self) -> Iterator[str]:
         """Every rule, and every group of alternatives, that should have matched something and did not."""
@@ -101,6 +106,16 @@ class Matcher:
             if not used:
                 members = [str(rule) for rule in self.rules if rule.any_of == group]
                 yield f"none of the rules for {group!r} matches anything: {', '.join(members)}"
+
+
+def _plain(rule: Rule) -> str:
+    """What a name of the rule could look like: numbers are 0, of alternatives the first."""
+    if rule.match is None:
+        return str(rule)
+    parts = Template.parse(rule.match).parts
+    return "".join(
+        p if isinstance(p, str) else "0" if p.regex is None else p.regex.split("|")[0] for p in parts
+    )
 
 
 def _shifts(rule: Rule) -> dict[str, int]:
@@ -128,9 +143,10 @@ def match_names(matcher: Matcher, names: Iterable[str]) -> tuple[dict[str, Match
     problems = []
     if unmatched:
         lines = [f"{name} ({matcher.nearest(name)})" for name in unmatched[:SHOWN]]
-        problems.append(cut(f"{len(unmatched)} names have no rule: ", lines, len(unmatched)))
+        problems.append(cut(f"names without a rule ({len(unmatched)}):", lines, len(unmatched)))
     if doubled:
-        problems.append(cut(f"{len(doubled)} names have more than one rule: ", doubled[:SHOWN], len(doubled)))
+        headline = f"names with more than one rule ({len(doubled)}):"
+        problems.append(cut(headline, doubled[:SHOWN], len(doubled)))
     unused = list(matcher.unused())
     problems += unused[:SHOWN]
     if len(unused) > SHOWN:

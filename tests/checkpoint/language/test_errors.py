@@ -35,7 +35,7 @@ def test_everything_is_reported_at_once() -> None:
         tensor("layers.0.wv", 2),
         tensor("layer.0.norms", 2),
     )
-    assert "1 names have no rule" in message
+    assert "names without a rule (1):" in message
     assert "layer.0.norms (nearest rule: layers.{i}.norm)" in message
     assert "layers.0.wq matches layers.{i}.wq and layers.{i}.w{any:.}" in message
     assert "the rule layers.{i}.norm matches nothing: mark it optional = true" in message
@@ -45,7 +45,7 @@ def test_long_lists_are_cut_and_counted() -> None:
     message = refusal(
         '[[rule]]\nmatch = "w"\nto = "w"', tensor("w", 1), *(tensor(f"v{i}", 1) for i in range(50))
     )
-    assert "50 names have no rule" in message
+    assert "names without a rule (50):" in message
     assert "and 30 more" in message
     assert message.count("nearest rule") == 20
 
