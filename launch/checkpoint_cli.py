@@ -1,216 +1,22 @@
-"""`ratoon checkpoint`: look into checkpoints, and check them, without torch."""
+"""`ratoon checkpoint`: look into checkpoints of any trainer, check them, compare them, convert them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
 import typer
 
-from launch.errors import FAILED, ReportingGroup, show_error
+from launch.diff_command import diff
+from launch.errors import ReportingGroup
+from launch.inspect_command import inspect
+from launch.parity_command import parity
+from launch.verify_command import verify
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from checkpoint.manifest import Manifest
-
-app = typer.Typer(name="checkpoint", cls=ReportingGroup, help="Look into checkpoints.", no_args_is_help=True)
-
-_SECTIONS = ("schedule", "data", "scalars", "parameter_groups", "lineage", "versions")
+app = typer.Typer(name="checkpoint", cls=ReportingGroup, no_args_is_help=True)
 
 
 @app.callback()
 def checkpoint() -> None:
-    """Look into checkpoints."""
+    """Look into checkpoints of any trainer, check, compare and convert them."""
 
 
-@app.command()
-def inspect(
-    path: Annotated[
-        Path, typer.Argument(help="A checkpoint's folder, a folder of checkpoints, or a run's folder.")
-    ],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every logical tensor.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read all of it and compare every hash; exit 1 on damage.")
-    ] = False,
-) -> None:
-    """Show what a checkpoint holds: step, layout, sizes, schedule, data position, versions, lineage."""
-    import json
-
-    from rich.console import Console
-
-    from checkpoint.folder import read_manifest
-
-    try:
-        folder, manifest = read_manifest(path)
-    except ValueError as error:
-        show_error("No checkpoint", str(error))
-        raise typer.Exit(FAILED) from None
-    summary = summarise(folder, manifest)
-    if tensors:
-        summary["tensors"] = _tensors(manifest)
-    if verify:
-        with Console(stderr=True).status(f"reading {folder}"):
-            summary["damage"] = find_damage(folder, manifest)
-    console = Console()
-    if as_json:
-        console.print(json.dumps(summary, indent=2), highlight=False, soft_wrap=True, markup=False)
-    else:
-        _show(console, summary)
-    if summary.get("damage"):
-        raise typer.Exit(FAILED)
-
-
-def find_damage(folder: Path, manifest: Manifest) -> list[str]:
-    """Read all of a checkpoint; a line for every tensor not covered exactly once and every damaged piece."""
-    from checkpoint.folder import reading
-    from checkpoint.verify import cover_problem, damage, extents
-
-    with reading(folder) as gone:
-        if gone:
-            return gone
-        covers = (cover_problem(tensor) for tensor in manifest.tensors)
-        return [problem for problem in covers if problem] + damage(folder, extents(manifest))
-
-
-def summarise(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """What `inspect` shows, as JSON-able values; bytes and elements are those of the logical tensors."""
-    from checkpoint.folder import list_complete, list_unfinished
-    from checkpoint.manifest import ITEM_SIZES
-
-    states: dict[str, dict[str, Any]] = {}
-    for tensor in manifest.tensors:
-        entry = states.setdefault(
-            tensor.state, {"dtypes": [], "tensors": 0, "pieces": 0, "elements": 0, "bytes": 0}
-        )
-        entry["dtypes"] = sorted({*entry["dtypes"], tensor.dtype})
-        entry["tensors"] += 1
-        entry["pieces"] += len(tensor.pieces)
-        entry["elements"] += tensor.numel
-        entry["bytes"] += tensor.numel * ITEM_SIZES[tensor.dtype]
-    parameters = {tensor.name: tensor.numel for tensor in manifest.tensors}
-    files = {piece.file for tensor in manifest.tensors for piece in tensor.pieces}
-    missing = sorted(name for name in files if not (folder / name).is_file())
-    return {
-        "path": str(folder),
-        "complete": not missing,
-        "missing_files": missing,
-        "step": manifest.step,
-        "ranks": manifest.world_size,
-        "layout": manifest.state.get("layout"),
-        "files": len(files),
-        "parameters": sum(parameters.values()),
-        "states": states,
-        "rank_state": sorted({blob.name for blob in manifest.rank_blobs}),
-        **{name: manifest.state[name] for name in _SECTIONS if name in manifest.state},
-        "siblings": [entry.path.name for entry in list_complete(folder.parent) if entry.path != folder],
-        "unfinished": [entry.name for entry in list_unfinished(folder.parent)],
-    }
-
-
-def _tensors(manifest: Manifest) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": tensor.name,
-            "state": tensor.state,
-            "shape": list(tensor.shape),
-            "dtype": tensor.dtype,
-            "pieces": len(tensor.pieces),
-        }
-        for tensor in manifest.tensors
-    ]
-
-
-def _show(console: Console, summary: dict[str, Any]) -> None:
-    from rich.markup import escape
-
-    missing = summary["missing_files"]
-    count = f"{len(missing)} file{'s' if len(missing) > 1 else ''} missing"
-    verdict = f"[bold red]{count}[/]" if missing else "[green]complete[/]"
-    if "damage" in summary:
-        verdict += ", [bold red]damaged[/]" if summary["damage"] else ", [green]every byte as saved[/]"
-    console.print(f"[bold]{escape(summary['path'])}[/]  {verdict}", soft_wrap=True, highlight=False)
-    facts = {
-        "step": summary["step"],
-        "parameters": f"{summary['parameters']:,}",
-        "saved by": f"{summary['ranks']} ranks, {_one_line(summary['layout'] or 'layout not recorded')}",
-        "files": summary["files"],
-        "per rank": ", ".join(summary["rank_state"]) or "nothing",
-        **{name.replace("_", " "): _one_line(summary[name]) for name in _SECTIONS if name in summary},
-    }
-    if missing:
-        facts["missing"] = ", ".join(missing[:4]) + (" ..." if len(missing) > 4 else "")
-    if summary["siblings"]:
-        facts["also there"] = ", ".join(summary["siblings"])
-    if summary["unfinished"]:
-        facts["unfinished"] = ", ".join(summary["unfinished"])
-    table = _table()
-    for name, value in facts.items():
-        table.add_row(f"[cyan]{name}[/]", escape(str(value)))
-    console.print(table, highlight=False)
-    console.print()
-    console.print(_states_table(summary["states"]), highlight=False)
-    if "tensors" in summary:
-        console.print()
-        console.print(_tensors_table(summary["tensors"]), highlight=False)
-    for line in summary.get("damage", []):
-        console.print(f"[bold red]damaged[/] {escape(line)}", soft_wrap=True, highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    from rich.table import Table
-
-    return Table(*columns, box=None, show_header=bool(columns), header_style="bold", padding=(0, 2, 0, 0))
-
-
-def _states_table(states: dict[str, dict[str, Any]]) -> Table:
-    table = _table("state", "dtype", "tensors", "pieces", "size")
-    for name, entry in states.items():
-        counts = (f"{entry['tensors']:,}", f"{entry['pieces']:,}", _size(entry["bytes"]))
-        table.add_row(name, ", ".join(entry["dtypes"]), *counts)
-    table.add_row("all", "", "", "", _size(sum(entry["bytes"] for entry in states.values())))
-    for column in table.columns[2:]:
-        column.justify = "right"
-    return table
-
-
-def _tensors_table(tensors: list[dict[str, Any]]) -> Table:
-    """One row a parameter; the states only where they are not the same for all."""
-    states: dict[str, dict[str, list[str]]] = {}
-    shapes = {}
-    for tensor in tensors:
-        shapes[tensor["name"]] = " x ".join(map(str, tensor["shape"])) or "scalar"
-        states.setdefault(tensor["name"], {}).setdefault(tensor["dtype"], []).append(tensor["state"])
-    kept = {
-        name: "; ".join(f"{', '.join(held)} ({dtype})" for dtype, held in by_dtype.items())
-        for name, by_dtype in states.items()
-    }
-    alike = len(set(kept.values())) == 1
-    table = _table("tensor", "shape", *([] if alike else ["states"]))
-    for column in table.columns:
-        column.overflow = "fold"
-    for name, shape in shapes.items():
-        table.add_row(name, shape, *([] if alike else [kept[name]]))
-    if alike:
-        table.caption = f"each with {next(iter(kept.values()))}"
-        table.caption_justify = "left"
-    return table
-
-
-def _one_line(value: Any) -> str:
-    """A mapping as `key value, key value`; what is nested deeper as compact JSON."""
-    import json
-
-    if not isinstance(value, dict):
-        return value if isinstance(value, str) else json.dumps(value)
-    return ", ".join(f"{key} {v if isinstance(v, str) else json.dumps(v)}" for key, v in value.items())
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} TB"
+for command in (inspect, verify, diff, parity):
+    app.command()(command)

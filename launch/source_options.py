@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+PathArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="A checkpoint of any format: Ratoon's, Megatron's, DeepSpeed's, PyTorch DCP's, Hugging Face's."
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Threads; by default up to 4.", show_default=False)
+]
 SpecOption = Annotated[
     str | None,
     typer.Option(

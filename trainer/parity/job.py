@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from parallel.layout import Layout
 from trainer.model.architecture import Architecture
-from trainer.model.huggingface import from_huggingface
+from trainer.model.of_checkpoint import architecture_of
 from trainer.parity.report import ParityReport
 from trainer.parity.suspects import configuration_suspects, place_suspects, weight_suspects
 
@@ -72,24 +72,13 @@ def architectures(opened: Opened, theirs: Opened) -> tuple[Architecture, Archite
     Raises:
         ValueError: the Hugging Face folder has no config.json, or one of a family that is not supported.
     """
-    reference = _architecture(theirs)
+    reference = architecture_of(theirs)
     if reference is None:
         raise ValueError(
             f"{theirs.folder} has no config.json, so transformers cannot compute it: give a "
             "Hugging Face folder"
         )
-    return _architecture(opened) or reference, reference
-
-
-def _architecture(opened: Opened) -> Architecture | None:
-    if own := opened.manifest.state.get("model"):
-        return Architecture.model_validate(own)
-    config = opened.source.model_config if opened.source is not None else None
-    if config is None:
-        return None
-    from trainer.model.config import ModelConfig
-
-    return ModelConfig(**from_huggingface(config, str(opened.folder / "config.json"))).resolve()
+    return architecture_of(opened) or reference, reference
 
 
 def with_suspects(

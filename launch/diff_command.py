@@ -1,0 +1,89 @@
+"""`ratoon checkpoint diff`: two checkpoints of any formats and layouts, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch.errors import FAILED
+from launch.progress import byte_progress
+from launch.source_options import FactsOption, SpecOption, WorkersOption, parse_facts
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from checkpoint.diff import TensorDifference
+
+_SHOWN = 40
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint of any format.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    spec: SpecOption = None,
+    fact: FactsOption = None,
+    workers: WorkersOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="List equal tensors too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Compare two checkpoints of any trainers and layouts, tensor by tensor; exit 1 where they differ.
+
+    --spec and --fact are for A where it is not Ratoon's own, otherwise for B.
+    """
+    from rich.console import Console
+
+    from checkpoint.diff import diff_checkpoints
+    from checkpoint.folder import is_ratoon
+    from checkpoint.opening import open_checkpoint
+
+    facts = parse_facts(fact)
+    of_a = not is_ratoon(a)
+    ours = open_checkpoint(a, spec=spec if of_a else None, facts=facts)
+    theirs = open_checkpoint(b, spec=None if of_a else spec, facts=facts)
+    more = {} if workers is None else {"workers": workers}
+    with byte_progress("comparing") as advance:
+        found = diff_checkpoints(ours, theirs, progress=advance, **more)
+    console = Console(highlight=False)
+    if as_json:
+        tree = [dataclasses.asdict(one) for one in found]
+        console.print(json.dumps(tree, indent=2), soft_wrap=True, markup=False)
+    else:
+        console.print(f"A: {ours.format}: {ours.folder}\nB: {theirs.format}: {theirs.folder}", markup=False)
+        show(console, found, everything=everything)
+    if not all(one.is_equal for one in found):
+        raise typer.Exit(FAILED)
+
+
+def show(console: Console, found: list[TensorDifference], *, everything: bool) -> None:
+    """How many tensors have which verdict, and those that are not equal one by one."""
+    from rich.table import Table
+
+    listed = [one for one in found if everything or not one.is_equal]
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("tensor", overflow="fold")
+    for column in ("state", "verdict", "differ", "max abs", "cosine"):
+        table.add_column(column)
+    shown = listed if everything else listed[:_SHOWN]
+    for one in shown:
+        count = f"{one.count:,} of {one.numel:,}" if one.numel else ""
+        largest = "" if one.max_abs is None else f"{one.max_abs:.3g}"
+        cosine = "" if one.cosine is None else f"{one.cosine:.6f}"
+        style = "green" if one.is_equal else "red"
+        table.add_row(one.name, one.state, f"[{style}]{_verdict(one)}[/]", count, largest, cosine)
+    if listed:
+        console.print(table)
+    if len(listed) > len(shown):
+        console.print(f"... and {len(listed) - len(shown)} more; --all lists them")
+    counts = Counter(one.verdict for one in found)
+    console.print(", ".join(f"{count:,} {verdict}" for verdict, count in counts.most_common()))
+
+
+def _verdict(one: TensorDifference) -> str:
+    if one.verdict == "shape":
+        return f"shape {list(one.shapes[0] or ())} and {list(one.shapes[1] or ())}"
+    return f"{one.verdict} ({one.note})" if one.note else one.verdict
