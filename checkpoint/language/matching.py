@@ -83,14 +83,11 @@ class Matcher:
                 return f"the rule {rule} would match, but its condition {rule.when!r} does not hold"
         plain = re.sub(r"\d+", "0", name)
         likeness = {
-            number: SequenceMatcher(None, plain, _plain(rule), autojunk=False).ratio()
-            + (0.1 if number not in self.used else 0)  # a misspelt rule has matched nothing
-            for number, rule in enumerate(self.rules)
+            str(rule): SequenceMatcher(None, plain, _plain(rule), autojunk=False).ratio()
+            for rule in self.rules
             if not rule.names
         }
-        if not likeness:
-            return "there are no rules with patterns"
-        return f"nearest rule: {self.rules[max(likeness, key=lambda number: likeness[number])]}"
+        return f"nearest rule: {max(likeness, key=lambda rule: likeness[rule], default='none')}"
 
     def unused(self) -> Iterator[str]:
         """Every rule, and every group of alternatives, that should have matched something and did not."""
