@@ -17,24 +17,12 @@ from pathlib import Path
 import torch
 import xxhash
 
+from checkpoint.archive.safetensors_file import DTYPES
 from checkpoint.boxes import Box
 from checkpoint.manifest import ITEM_SIZES, LogicalTensor, Manifest, Piece, RankBlob
 from parallel.slices import TensorSlice
 
-_SAFETENSORS_NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_SAFETENSORS_NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 _WRITE_BYTES = 1 << 26  # a single write() moves less than 2 GiB
 
 

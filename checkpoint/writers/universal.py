@@ -1,0 +1,79 @@
+"""Ratoon universal: whole tensors in safetensors shards under logical names, every state included.
+
+model-00001-of-00002.safetensors, model.safetensors.index.json     weights, which Hugging Face users can open
+    model-00001-of-00002.safetensors, model.safetensors.index.json     weights, as Hugging Face has them
+manifest.json, COMPLETE                                            makes it a checkpoint of Ratoon's own
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+
+import xxhash
+
+from checkpoint.boxes import Box
+from checkpoint.convert.output import Hashes, OutputFile, WritePlan
+from checkpoint.folder import COMPLETE
+from checkpoint.manifest import MANIFEST, LogicalTensor, Manifest, Piece
+from checkpoint.opening import Opened
+from checkpoint.source import plain_part
+from checkpoint.writers.carry import carried_files
+from checkpoint.writers.options import WriteOptions
+from checkpoint.writers.shards import Whole, index, shards
+
+WEIGHT = "weight"
+
+
+def plan(opened: Opened, options: WriteOptions) -> WritePlan:
+    """What a universal folder of the checkpoint consists of. It can hold everything but ranks' own bytes."""
+    written = WritePlan("Ratoon universal", carried=carried_files(opened, options.carry))
+    by_state: dict[str, list[Whole]] = {}
+    for tensor in opened.manifest.tensors:
+        dtype = options.dtype if tensor.state == WEIGHT and options.dtype else tensor_dtype(tensor)
+        key = tensor.name if tensor.state == WEIGHT else f"{tensor.name}@{tensor.state}"
+        part = plain_part(tensor.name, tensor.shape)
+        by_state.setdefault(tensor.state, []).append(Whole(key, dtype, tensor.shape, tensor.state, (part,)))
+    for state, wholes in by_state.items():
+        files = shards("model" if state == WEIGHT else f"optimizer-{state}", wholes, options.shard_bytes)
+        written.files += files
+        if state == WEIGHT and len(files) > 1:
+            written.small["model.safetensors.index.json"] = index(files)
+    if opened.manifest.rank_blobs:
+        names = sorted({blob.name for blob in opened.manifest.rank_blobs})
+        written.notes.append(f"not taken along, since they belong to one layout: {', '.join(names)}")
+    written.last = lambda hashes: _manifest(opened, written.files, hashes)
+    return written
+
+
+def tensor_dtype(tensor: LogicalTensor) -> str:
+    """What its numbers are kept in; a mean is taken in fp32."""
+    return "float32" if tensor.average else tensor.dtype
+
+
+def complete(opened: Opened, tensors: Iterable[LogicalTensor]) -> dict[str, bytes]:
+    """The manifest of such a folder, and the marker that makes it count."""
+    state = {
+        **opened.manifest.state,
+        "format": opened.manifest.state.get("format", opened.format),
+        "converted_from": str(opened.folder),
+        "left_out": list(opened.left_out),
+    }
+    state.pop("layout", None)  # whole tensors have none
+    text = Manifest(opened.manifest.step, 1, tuple(tensors), state).to_json()
+    digest = xxhash.xxh3_64_hexdigest(text)
+    marker = {"step": opened.manifest.step, "sequence": 1, "save": digest, "manifest": digest, "run": ""}
+    return {MANIFEST: text, COMPLETE: json.dumps(marker).encode()}
+
+
+def _manifest(opened: Opened, files: Iterable[OutputFile], hashes: Hashes) -> dict[str, bytes]:
+    by_key = opened.manifest.by_key()
+    tensors = []
+    for file in files:
+        for region in file.regions:
+            tensor = by_key[region.parts[0].name, region.state]
+            box = Box((0,) * len(region.shape), region.shape)
+            piece = Piece(file.path, region.start, region.dtype, box, hashes[file.path][region.key])
+            tensors.append(replace(tensor, dtype=region.dtype, pieces=(piece,), replicas=(), average=False))
+    return complete(opened, sorted(tensors, key=lambda tensor: (tensor.name, tensor.state)))
