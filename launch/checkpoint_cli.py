@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from launch.convert_command import convert
 from launch.diff_command import diff
 from launch.errors import ReportingGroup
 from launch.inspect_command import inspect
@@ -18,5 +19,5 @@ def checkpoint() -> None:
     """Look into checkpoints of any trainer, check, compare and convert them."""
 
 
-for command in (inspect, verify, diff, parity):
+for command in (inspect, verify, diff, convert, parity):
     app.command()(command)

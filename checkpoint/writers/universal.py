@@ -1,8 +1,8 @@
 """Ratoon universal: whole tensors in safetensors shards under logical names, every state included.
 
-model-00001-of-00002.safetensors, model.safetensors.index.json     weights, which Hugging Face users can open
-    model-00001-of-00002.safetensors, model.safetensors.index.json     weights, as Hugging Face has them
-manifest.json, COMPLETE                                            makes it a checkpoint of Ratoon's own
+model-00001-of-00002.safetensors and model.safetensors.index.json are the weights, as Hugging Face has them;
+optimizer-exp_avg-00001-of-00002.safetensors and so on every other state, as "NAME@STATE"; manifest.json and
+COMPLETE make the folder a checkpoint of Ratoon's own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,116 @@
+"""Hugging Face folders that `from_pretrained` loads: weights, config.json, and what was carried along."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoint.convert.output import WritePlan
+from checkpoint.language.arrange import arrange
+from checkpoint.language.spec import load_spec
+from checkpoint.manifest import LogicalTensor
+from checkpoint.opening import Opened
+from checkpoint.writers.carry import CONFIG, carried_files
+from checkpoint.writers.huggingface_config import NAMING, config_of
+from checkpoint.writers.options import WriteOptions
+from checkpoint.writers.shards import Whole, index, shards
+from checkpoint.writers.universal import tensor_dtype
+
+WEIGHT, MASTER = "weight", "master"
+_HEAD = "lm_head.weight"
+
+
+def plan(opened: Opened, options: WriteOptions) -> WritePlan:
+    """What a Hugging Face folder of the checkpoint consists of: the weights, or masters where there are none.
+
+    Raises:
+        ValueError: the model's configuration is not known, no family has it, or it contradicts the weights.
+    """
+    tensors = opened.manifest.by_key()
+    held = {name: WEIGHT if (name, WEIGHT) in tensors else MASTER for name in _parameters(tensors)}
+    if not held:
+        raise ValueError(f"{opened.folder} holds neither weights nor masters: there is no model to write")
+    written = WritePlan("Hugging Face", carried=carried_files(opened, options.carry))
+    dtype = options.dtype or Counter(tensor_dtype(tensors[key]) for key in held.items()).most_common(1)[0][0]
+    config = _config(opened, written.carried, dtype)
+    shapes = {name: tensors[name, state].shape for name, state in held.items()}
+    _refuse_contradiction(config, shapes)
+    spec = load_spec(options.spec or _naming(config))
+    facts = {**opened.manifest.state.get("facts", {}), **_facts(config), **options.facts}
+    wholes = []
+    for target in arrange(spec, shapes, facts=facts):
+        states = {held[part.name] for part in target.parts}
+        if len(states) > 1:
+            raise ValueError(f"{target.name}: of its parts some have a weight and some only a master")
+        wholes.append(Whole(target.name, dtype, target.shape, states.pop(), target.parts))
+    files = shards("model", wholes, options.shard_bytes)
+    written.files = files
+    if len(files) > 1:
+        written.small["model.safetensors.index.json"] = index(files)
+    written.small[CONFIG] = json.dumps(config, indent=2).encode()
+    written.carried.pop(CONFIG, None)
+    written.lost = _lost(opened, set(held.items()))
+    if not any(name.startswith("tokenizer") for name in written.carried):
+        written.notes.append("no tokenizer goes along: --carry FOLDER takes one from there")
+    return written
+
+
+def _parameters(tensors: Mapping[tuple[str, str], LogicalTensor]) -> list[str]:
+    return list(dict.fromkeys(name for name, state in tensors if state in (WEIGHT, MASTER)))
+
+
+def _config(opened: Opened, carried: Mapping[str, Path], dtype: str) -> dict[str, Any]:
+    """The one carried along, else one made of what a Ratoon checkpoint says."""
+    if CONFIG in carried:
+        config = json.loads(carried[CONFIG].read_text(encoding="utf-8"))
+        return {**config, **{key: dtype for key in ("dtype", "torch_dtype") if key in config}}
+    model = opened.manifest.state.get("model")
+    if model is None:
+        raise ValueError(
+            f"{opened.folder} ({opened.format}) does not say how its model computes (RoPE, norms, ...): give "
+            "a folder with its config.json by --carry"
+        )
+    return config_of(model, dtype=dtype)
+
+
+def _naming(config: Mapping[str, Any]) -> str:
+    kind = str(config.get("model_type"))
+    if kind not in NAMING:
+        raise ValueError(
+            f"config.json is of model_type {kind!r}; the shipped specs name {', '.join(NAMING)}: give a "
+            "naming by --names SPEC.toml"
+        )
+    return NAMING[kind]
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, int]:
+    from checkpoint.readers.huggingface_config import facts_of
+
+    return facts_of(config)
+
+
+def _refuse_contradiction(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A config.json of another model would load with random weights, or not at all."""
+    facts, problems = _facts(config), []
+    rows, columns = shapes["model.embed_tokens.weight"]
+    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
+    for fact, found in (("vocab_size", rows), ("hidden_size", columns), ("num_layers", len(layers))):
+        if facts.get(fact, found) != found:
+            problems.append(f"{fact} is {facts[fact]} in config.json and {found} in the checkpoint")
+    tied = bool(facts.get("tie_word_embeddings", 0))
+    if "tie_word_embeddings" in facts and tied == (_HEAD in shapes):
+        has = "has" if _HEAD in shapes else "lacks"
+        problems.append(f"tie_word_embeddings is {tied} in config.json and the checkpoint {has} {_HEAD}")
+    if problems:
+        raise ValueError("config.json is not of this model:\n  " + "\n  ".join(problems))
+
+
+def _lost(opened: Opened, held: set[tuple[str, str]]) -> list[str]:
+    """States that are not written."""
+    counts = Counter(t.state for t in opened.manifest.tensors if (t.name, t.state) not in held)
+    lost = [f"{state} of {count} parameters" for state, count in counts.items()]
+    scalars = opened.manifest.state.get("per_parameter") or {}
+    return lost + [f"{state}, a number of {len(values)} parameters" for state, values in scalars.items()]
