@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import queue
 import random
 from argparse import Namespace
 from collections.abc import Mapping
@@ -67,6 +68,8 @@ def build(oracle: Oracle, run: Run) -> Engine:
     if host.needed():
         for module in (state_dict_saver, filesystem_async):
             module.torch = host._HOST_TORCH  # type: ignore[attr-defined]
+    # Its own is in a process that imports torch anew, for saves in the background; here nothing else asks.
+    filesystem_async._results_queue = queue.Queue()
     if run.bucket is not None:
         buckets = functools.partial(DistributedDataParallelConfig, bucket_size=run.bucket)
         parallel.engine.DistributedDataParallelConfig = buckets  # type: ignore[attr-defined]
