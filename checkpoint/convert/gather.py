@@ -50,7 +50,7 @@ class Gatherer:
             tensor = self._tensors[part.name, self._region.state]
             needed += logical.numel * ITEM_SIZES[tensor.dtype]
             if not self._copied_in_place(tensor, part, logical, panel, into):
-                self._gathered(tensor, part, logical, into[places])
+                self._gathered(tensor, part, logical, _view(into, places))
         return needed
 
     def _copied_in_place(
@@ -62,7 +62,7 @@ class Gatherer:
             return False
         moved = (s - o + b for s, o, b in zip(part.start, part.box.offset, logical.offset, strict=True))
         place = tuple(m - p for m, p in zip(moved, panel.offset, strict=True))
-        box = into[tuple(slice(at, at + size) for at, size in zip(place, logical.size, strict=True))]
+        box = _view(into, tuple(slice(at, at + size) for at, size in zip(place, logical.size, strict=True)))
         if not box.flags.c_contiguous:
             return False
         copies = list(plan(tensor, [(0, logical)]))
@@ -109,6 +109,11 @@ def empty_panel(panel: Box, dtype: str, buffer: Bits) -> Bits:
     """The start of a buffer of bytes as an array of the panel's shape."""
     kind = bits_type(dtype)
     return buffer[: panel.numel * kind.itemsize].view(kind).reshape(panel.size)
+
+
+def _view(array: Bits, places: tuple[slice, ...]) -> Bits:
+    """Of a scalar, numpy's own indexing would give a copy."""
+    return array[places] if places else array
 
 
 def _meeting(part: Part, panel: Box) -> tuple[Box, tuple[slice, ...]] | None:
