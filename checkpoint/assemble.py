@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint.compose import compose_all
 from checkpoint.joining import Copies, Joined, coordinates
-from checkpoint.manifest import Manifest
+from checkpoint.manifest import Manifest, no_collection
 from checkpoint.renaming import Renamed
 from checkpoint.source import Source, plain_part
 
@@ -42,8 +42,9 @@ def assemble(source: Source, spec: Spec, *, facts: Mapping[str, int] | None = No
     from checkpoint.language.place import place
 
     known = {**source.facts, **(facts or {})}
-    placed = place(spec, source.tensors, facts=known, degrees=source.degrees, layers=source.layers)
-    return from_placed(source, placed, facts=known)
+    with no_collection():
+        placed = place(spec, source.tensors, facts=known, degrees=source.degrees, layers=source.layers)
+        return from_placed(source, placed, facts=known)
 
 
 def from_placed(source: Source, placed: Sequence[Placed], *, facts: Mapping[str, int]) -> Manifest:

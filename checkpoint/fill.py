@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.boxes import Box
-from checkpoint.manifest import LogicalTensor
+from checkpoint.manifest import LogicalTensor, no_collection
 from checkpoint.plan import Copy, plan
 from checkpoint.read import ReadReport, read_copies
 from checkpoint.verify import cover_problem
@@ -53,21 +53,27 @@ def plan_filling(
         tensors[key] = tensor
         targets.setdefault(key, []).append((number, Box(slices[number].offset, slices[number].size)))
     filling = Filling()
-    for key, tensor in tensors.items():
-        whole = [replace(tensor, pieces=pieces) for pieces in (tensor.pieces, *tensor.replicas)]
-        whole = whole if tensor.average else [tensor]
-        faults = [fault for copy in whole if (fault := cover_problem(copy)) is not None]
-        filling.problems += faults
-        if faults:
-            continue
-        if not tensor.average:
-            filling.copies.extend(plan(tensor, targets[key]))
-            continue
-        for number, box in targets[key]:
-            filling.averages.append((number, [list(plan(copy, [(0, box)])) for copy in whole]))
+    with no_collection():
+        for key, tensor in tensors.items():
+            _plan_tensor(filling, tensor, targets[key])
     averaged = (copy for _, copies in filling.averages for each in copies for copy in each)
     filling.problems += _short_files(folder, [*filling.copies, *averaged])
     return filling
+
+
+def _plan_tensor(filling: Filling, tensor: LogicalTensor, targets: Sequence[tuple[int, Box]]) -> None:
+    whole = [tensor]
+    if tensor.average:
+        whole = [replace(tensor, pieces=pieces) for pieces in (tensor.pieces, *tensor.replicas)]
+    faults = [fault for copy in whole if (fault := cover_problem(copy)) is not None]
+    filling.problems += faults
+    if faults:
+        return
+    if not tensor.average:
+        filling.copies.extend(plan(tensor, targets))
+        return
+    for number, box in targets:
+        filling.averages.append((number, [list(plan(copy, [(0, box)])) for copy in whole]))
 
 
 def _read_mean(folder: Path, copies: Sequence[Sequence[Copy]], into: torch.Tensor) -> ReadReport:

@@ -78,11 +78,11 @@ def load(
 ) -> LoadedState:
     """Fill each slice's `data` from a checkpoint of any format and any layout.
 
-    Under torch.distributed all ranks call it together, and all raise when one of them has reason to. Every
-    rank reads the headers for itself: another trainer's with 50000 pieces take a few seconds.
+    All ranks of torch.distributed call it together, and all raise when one has reason to. Each reads the
+    headers for itself: another trainer's with 50000 pieces take a few seconds.
 
     Args:
-        path: as `open_checkpoint` takes it, or what that returned (to choose a spec, or facts).
+        path: as `open_checkpoint` takes it, or what that returned.
         slices: all that this rank holds.
         rank: by default torch.distributed's.
         layout: compared with the saved `state["layout"]` to decide whether ranks get their own bytes back.
@@ -95,39 +95,34 @@ def load(
             model has been touched.
     """
     begin = time.monotonic()
-    rank = peers.own_rank() if rank is None else rank
     opened = _open(path)
     folder, manifest = opened.folder, opened.manifest
+    same_layout = _is_same(manifest, layout)
     with opened.reading() as gone:
-        _refuse(f"{folder} is damaged", opened.problems, _UNTOUCHED)
-        selection = select(manifest, slices, weights_only=weights_only)
-        problems = gone + selection.problems + _unexpected(manifest, slices)
-        _refuse(f"cannot load {folder} into this model", problems, _UNTOUCHED)
+        selection = _select(opened, slices, gone, weights_only)
         filling = plan_filling(folder, selection.source, slices)
         problems = filling.problems
-        blobs = [blob for blob in manifest.rank_blobs if blob.rank == rank and _is_same(manifest, layout)]
+        blobs = _own_blobs(manifest, rank) if same_layout else []
         rank_state = {blob.name: _read_blob(folder, blob, problems) for blob in blobs}
         if verify == "full":
             problems += _verify(opened)
         _refuse(f"{folder} is damaged", problems, _UNTOUCHED)
         report = filling.read(folder, slices)
-    exact = [slices[n] for n, tensor in selection.source.items() if tensor.state == slices[n].state]
-    _refuse(f"{folder} is damaged", report.problems + rounding_faults(exact), _TOUCHED)
+    _refuse(f"{folder} is damaged", report.problems + _rounding_faults(selection, slices), _TOUCHED)
     derived, fresh = _summary(selection, slices)
-    seconds = time.monotonic() - begin
-    _log.debug("loaded %s: read %.1f MB in %.2f s", folder, report.read / 1e6, seconds)
+    _log.debug("loaded %s: read %.1f MB", folder, report.read / 1e6)
     return LoadedState(
         path=folder,
         run_id=opened.run_id,
         step=manifest.step,
         state=manifest.state,
-        same_layout=_is_same(manifest, layout),
+        same_layout=same_layout,
         rank_state=rank_state,
         derived=derived,
         fresh=fresh,
         bytes_needed=report.needed,
         bytes_read=report.read,
-        seconds=seconds,
+        seconds=time.monotonic() - begin,
         format=opened.format,
         notes=(*opened.notes, *(f"not carried: {line}" for line in opened.left_out)),
         is_native=opened.is_native,
@@ -149,6 +144,27 @@ def _open(path: Path | str | Opened) -> Opened:
         listed = ", ".join(sorted(chosen.values()))
         raise ValueError(f"ranks would load different checkpoints: {listed}. {_UNTOUCHED}")
     return found
+
+
+def _select(
+    opened: Opened, slices: Sequence[TensorSlice], gone: Sequence[str], weights_only: bool
+) -> Selection:
+    """What fills the slices; refused when the checkpoint is damaged, or of another model."""
+    _refuse(f"{opened.folder} is damaged", opened.problems, _UNTOUCHED)
+    selection = select(opened.manifest, slices, weights_only=weights_only)
+    problems = [*gone, *selection.problems, *_unexpected(opened.manifest, slices)]
+    _refuse(f"cannot load {opened.folder} into this model", problems, _UNTOUCHED)
+    return selection
+
+
+def _rounding_faults(selection: Selection, slices: Sequence[TensorSlice]) -> list[str]:
+    """Of weights and masters that were both read; the mean of weights is not that of masters, rounded."""
+    exact = [
+        slices[number]
+        for number, tensor in selection.source.items()
+        if tensor.state == slices[number].state and not tensor.average
+    ]
+    return rounding_faults(exact)
 
 
 def _verify(opened: Opened) -> list[str]:
@@ -199,6 +215,11 @@ def _unexpected(manifest: Manifest, slices: Sequence[TensorSlice]) -> list[str]:
         for number, name in enumerate(names)
         if not wanted >> number & 1
     ]
+
+
+def _own_blobs(manifest: Manifest, rank: int | None) -> list[RankBlob]:
+    rank = peers.own_rank() if rank is None else rank
+    return [blob for blob in manifest.rank_blobs if blob.rank == rank]
 
 
 def _read_blob(folder: Path, blob: RankBlob, problems: list[str]) -> bytes:

@@ -159,7 +159,7 @@ class Manifest:
         Raises:
             ValueError: not a manifest, damaged, or of a newer format; `source` is named.
         """
-        with _no_collection():
+        with no_collection():
             try:
                 tree = json.loads(text)
             except ValueError as error:
@@ -189,8 +189,8 @@ class Manifest:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Hundreds of thousands of new objects, no garbage: looking for some takes 5 times the parsing.
+def no_collection() -> Iterator[None]:
+    """For work that makes hundreds of thousands of objects and no garbage: looking for some takes longer.
 
     On the main thread only: a thread beside it must not turn off the collector for the whole process.
     """

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from checkpoint.boxes import cover_fault
+from checkpoint.boxes import Box, cover_fault
 from checkpoint.manifest import LogicalTensor, Manifest
 
 _BUFFER_BYTES = 1 << 24  # per thread
@@ -49,13 +49,27 @@ def blob_extents(manifest: Manifest) -> list[Extent]:
 
 def cover_problem(tensor: LogicalTensor) -> str | None:
     """What is wrong when the pieces do not hold every element exactly once, with their files and boxes."""
-    if len(tensor.pieces) == 1 and tensor.pieces[0].box == ((0,) * len(tensor.shape), tensor.shape):
+    boxes = [piece.box for piece in tensor.pieces]
+    if _are_rows(tensor.shape, boxes):
         return None
-    fault = cover_fault(tensor.shape, [piece.box for piece in tensor.pieces])
+    fault = cover_fault(tensor.shape, boxes)
     if fault is None:
         return None
     files = ", ".join(f"{tensor.pieces[n].file} {tensor.pieces[n].box}" for n in fault[1])
     return f"{tensor.name} ({tensor.state}): {fault[0]} {files}".rstrip()
+
+
+def _are_rows(shape: tuple[int, ...], boxes: list[Box]) -> bool:
+    """Whether the boxes are the tensor, or whole rows of it one after the other: known in no time."""
+    if not shape:
+        return len(boxes) == 1
+    row = 0
+    inner = (0,) * (len(shape) - 1)
+    for offset, size in sorted(boxes):
+        if offset[:1] != (row,) or offset[1:] != inner or size[1:] != shape[1:] or size[0] < 1:
+            return False
+        row += size[0]
+    return row == shape[0]
 
 
 def damage(folder: Path, parts: Iterable[Extent]) -> list[str]:

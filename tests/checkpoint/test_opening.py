@@ -73,7 +73,7 @@ def test_a_spec_and_facts_as_given_are_named(llama: Path) -> None:
 def test_a_spec_that_does_not_fit_names_what_it_does_not_know(llama: Path, tmp_path: Path) -> None:
     spec = tmp_path / "mine.toml"
     spec.write_text('name = "mine"\n[[rule]]\nmatch = "lm_head.weight"\nto = "lm_head.weight"\n')
-    with pytest.raises(UnreadableError, match="names have no rule") as caught:
+    with pytest.raises(UnreadableError, match="names without a rule") as caught:
         open_checkpoint(llama, spec=spec)
     assert "model.norm.weight" in str(caught.value)
 
