@@ -14,6 +14,7 @@ from typing import Any
 from checkpoint.readers.dcp_chunks import find_damage, locate, read_items, read_numbers
 from checkpoint.readers.dcp_metadata import METADATA, SUFFIX, DcpMetadata, joined, read_dcp_metadata
 from checkpoint.readers.dcp_optimizer import MASTERS, Group, name_numbers, read_groups
+from checkpoint.readers.dcp_safetensors import PATTERN, read_shards
 from checkpoint.readers.dcp_tree import StateName, Tree, below, optimizer_roots, plain_name, sort_names
 from checkpoint.readers.deepspeed_state import plain
 from checkpoint.readers.huggingface_config import facts_of, read_config
@@ -26,8 +27,8 @@ _FOLDER = re.compile(r"(?:.*[^a-z])?(?:step|steps|global_step|checkpoint|ckpt|it
 
 
 def recognise(path: Path) -> bool:
-    """Whether this is a folder of DCP, or one of accelerate that holds some."""
-    return bool(_folders(path))
+    """Whether this is a folder of DCP, one of accelerate that holds some, or of shards in safetensors."""
+    return bool(_folders(path)) or (path.is_dir() and any(path.glob(PATTERN)))
 
 
 def read(path: Path) -> Source:
@@ -39,6 +40,8 @@ def read(path: Path) -> Source:
         ValueError: the index is missing, so that the save was not finished, or damaged; parameters are flat.
     """
     folder = path.absolute()
+    if not _folders(folder):
+        return _read_shards(folder)
     parts = [read_dcp_metadata(part) for part in _folders(folder)]
     metadata = parts[0] if len(parts) == 1 and parts[0].folder == folder else joined(folder, parts)
     source = Source(_words(metadata), folder)
@@ -68,10 +71,23 @@ def _folders(path: Path) -> list[Path]:
     """The folders of DCP that make the checkpoint at `path`."""
     if not path.is_dir():
         return []
-    if (path / METADATA).is_file() or any(path.glob(f"*{SUFFIX}")):
+    if _is_folder(path):
         return [path]
     inside = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and _PARTS.fullmatch(entry.name)]
-    return [entry for entry in inside if (entry / METADATA).is_file() or any(entry.glob(f"*{SUFFIX}"))]
+    return [entry for entry in inside if _is_folder(entry)]
+
+
+def _is_folder(path: Path) -> bool:
+    return (path / METADATA).is_file() or any(path.glob(f"*{SUFFIX}"))
+
+
+def _read_shards(folder: Path) -> Source:
+    shards = len(list(folder.glob(PATTERN)))
+    source = Source(f"PyTorch DCP, {shards} shards in safetensors", folder)
+    _describe(source, folder)
+    read_shards(folder, source)
+    source.step = _step(source, {})
+    return source
 
 
 def _words(metadata: DcpMetadata) -> str:

@@ -83,14 +83,24 @@ def read_dcp_metadata(folder: Path | str) -> DcpMetadata:
         ValueError: there is none (the save was not finished), or it is damaged or hostile.
     """
     folder = Path(os.path.abspath(folder))
-    file = folder / METADATA
-    try:
-        content = file.read_bytes()
-    except FileNotFoundError:
+    files = index_files(folder)
+    if not files:
         raise ValueError(
-            f"{file}: missing. It is written last, so the save into this folder was not finished: take an "
-            "older checkpoint"
-        ) from None
+            f"{folder / METADATA}: missing. It is written last, so the save into this folder was not "
+            "finished: take an older checkpoint"
+        )
+    return _merged(folder, [_read_index(folder, file) for file in files])
+
+
+def index_files(folder: Path) -> list[Path]:
+    """`.metadata`, or what every rank wrote for itself where they saved without talking to each other."""
+    if (folder / METADATA).is_file():
+        return [folder / METADATA]
+    return sorted(folder.glob(f"__*{METADATA}"))
+
+
+def _read_index(folder: Path, file: Path) -> DcpMetadata:
+    content = file.read_bytes()
     if not content:
         raise ValueError(f"{file}: is empty (0 bytes): the save was not finished, take an older checkpoint")
     index = load_pickle(content, str(file))
@@ -100,6 +110,23 @@ def read_dcp_metadata(folder: Path | str) -> DcpMetadata:
         raise ValueError(
             f"{file}: is no index of torch.distributed.checkpoint ({type(error).__name__}: {error})"
         ) from None
+
+
+def _merged(folder: Path, parts: Sequence[DcpMetadata]) -> DcpMetadata:
+    """What ranks indexed for themselves; a box that several have is taken from the first."""
+    if len(parts) == 1:
+        return parts[0]
+    chunks: dict[str, dict[Box, Chunk]] = {}
+    merged = DcpMetadata(folder, {}, {})
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            held = chunks.setdefault(name, {})
+            for chunk in tensor.chunks:
+                held.setdefault(chunk.box, chunk)
+            merged.tensors[name] = replace(tensor, chunks=tuple(held.values()))
+        merged.items.update({name: at for name, at in part.items.items() if name not in merged.items})
+        merged.paths.update(part.paths)
+    return merged
 
 
 def _metadata(folder: Path, index: Mapping[str, Any]) -> DcpMetadata:

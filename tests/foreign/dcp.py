@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -52,7 +53,9 @@ class Run:
         layout: of the saved state dict. "flat": {"model", "optim"} with the optimizer's state by parameter
             names; "nested": {"model", "optimizer"} with the optimizer's list of groups; "app": both inside of
             a Stateful "app"; "titan": torchtitan's, whose parameters are at the top level; "weights":
-            {"model"} alone; "numbered": the optimizer's own state dict, with numbers instead of names.
+            {"model"} alone; "ranks": the same, where ranks save without talking to each other; "shards":
+            parameters alone in safetensors; "numbered": the optimizer's own state dict, with numbers
+            instead of names.
         wrapper: "fsdp2", "fsdp1", or "fsdp1-local", whose parameters are flat.
         optimizer: "adamw" or "sgd" (with momentum).
         titan_names: whether parameters have torchtitan's names and rotary order, else transformers' ones.
@@ -60,7 +63,7 @@ class Run:
 
     mesh: tuple[int, ...] = (2,)
     axes: tuple[Axis, ...] = ("shard",)
-    layout: Literal["flat", "nested", "app", "titan", "weights", "numbered"] = "flat"
+    layout: Literal["flat", "nested", "app", "titan", "weights", "ranks", "shards", "numbered"] = "flat"
     wrapper: Literal["fsdp2", "fsdp1", "fsdp1-local"] = "fsdp2"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     titan_names: bool = False
@@ -211,7 +214,7 @@ def _state_dict(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) ->
     """What a user gives to `dcp.save`, without what is not of model and optimizer."""
     options = StateDictOptions(flatten_optimizer_state_dict=run.layout in ("flat", "titan"))
     weights = get_model_state_dict(model, options=options)
-    if run.layout == "weights":
+    if run.layout in ("weights", "ranks", "shards"):
         return {"model": weights}
     if run.layout == "numbered":
         return {"model": weights, "optim": optimizer.state_dict()}
@@ -261,9 +264,13 @@ def _save(folder: str, oracle: Oracle, run: Run) -> None:
         return
     plant(model, optimizer, Names(oracle, run.titan_names), run)
     states = _state_dict(model, optimizer, run)
+    if run.layout == "shards":
+        save_dcp(states["model"], storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
+        return
     if run.layout == "app":
         states = {"app": _App(states)}
-    save_dcp({**states, **_others(optimizer, run)}, checkpoint_id=folder)
+    together = run.layout != "ranks"
+    save_dcp({**states, **_others(optimizer, run)}, checkpoint_id=folder, use_collectives=together)
 
 
 def _load_and_step(folder: str, oracle: Oracle, run: Run) -> Resumed:

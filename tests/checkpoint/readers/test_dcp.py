@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -102,6 +102,21 @@ def test_other_optimizers_keep_their_own_words(tmp_path: Path) -> None:
 def test_weights_alone_are_a_checkpoint(tmp_path: Path) -> None:
     opened = open_checkpoint(save(tmp_path / "checkpoint-12", ORACLE, Run(layout="weights")))
     assert differing(opened, ORACLE, {"weight": "weight"}) == []
+
+
+@pytest.mark.parametrize("layout", ["ranks", "shards"])
+def test_what_ranks_saved_for_themselves_is_one_checkpoint(
+    tmp_path: Path, layout: Literal["ranks", "shards"]
+) -> None:
+    opened = open_checkpoint(save(tmp_path / "c", ORACLE, Run(layout=layout)))
+    assert differing(opened, ORACLE, {"weight": "weight"}) == []
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path / "c", ORACLE, Run(layout="shards"))
+    shard = folder / "shard-00002-model-00001-of-00001.safetensors"
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert str(shard) in "".join(open_checkpoint(folder).problems)
 
 
 def test_a_tied_embedding_is_one_tensor(tmp_path: Path) -> None:
