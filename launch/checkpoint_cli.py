@@ -9,6 +9,7 @@ from launch.diff_command import diff
 from launch.errors import ReportingGroup
 from launch.inspect_command import inspect
 from launch.parity_command import parity
+from launch.reshard_command import reshard
 from launch.verify_command import verify
 
 app = typer.Typer(name="checkpoint", cls=ReportingGroup, no_args_is_help=True)
@@ -19,5 +20,5 @@ def checkpoint() -> None:
     """Look into checkpoints of any trainer, check, compare and convert them."""
 
 
-for command in (inspect, verify, diff, convert, parity):
+for command in (inspect, verify, diff, convert, reshard, parity):
     app.command()(command)

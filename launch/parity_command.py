@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.errors import FAILED
+from launch.layout_option import LayoutOption, parse_layout
 from launch.source_options import FactsOption, SpecOption, parse_facts
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from parallel.layout import Layout
     from trainer.parity.job import ParityJob
     from trainer.parity.report import ParityReport
 
@@ -28,9 +28,7 @@ def parity(
     b: Annotated[
         Path, typer.Argument(metavar="B", help="A Hugging Face folder, which transformers computes.")
     ],
-    layout: Annotated[
-        str, typer.Option(metavar="K=N,...", help="Layout that Ratoon computes on, as tensor=2,pipeline=2.")
-    ] = "",
+    layout: LayoutOption = "",
     precision: Annotated[str, typer.Option(metavar="fp32|bf16", help="Of weights and activations.")] = "fp32",
     length: Annotated[int, typer.Option(min=2, help="Tokens of the compared sequences.")] = 64,
     spec: SpecOption = None,
@@ -58,29 +56,6 @@ def parity(
         show(console, report)
     if not report.same:
         raise typer.Exit(FAILED)
-
-
-def parse_layout(text: str) -> Layout:
-    """The layout of "tensor=2,pipeline=2".
-
-    Raises:
-        ValueError: an unknown degree, or no number, or several problems.
-    """
-    from dataclasses import fields
-
-    from pydantic import TypeAdapter, ValidationError
-
-    from parallel.layout import Layout
-
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    try:
-        return TypeAdapter(Layout).validate_python({key.strip(): value.strip() for key, _, value in pairs})
-    except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(
-            f"--layout {text!r}: {found}. Give degrees of [parallel] as tensor=2,pipeline=2; they are "
-            f"{', '.join(field.name for field in fields(Layout))}"
-        ) from None
 
 
 def show(console: Console, report: ParityReport) -> None:

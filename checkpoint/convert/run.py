@@ -27,6 +27,7 @@ FORMATS = {
     "torch_dist": "Megatron torch_dist, for megatron-core's own loader",
     "deepspeed_universal": "DeepSpeed universal, for load_universal",
     "dcp": "PyTorch DCP, for FSDP2",
+    "ranks": "Ratoon's own, a file for each model-parallel rank of a layout",
 }
 """Targets: module of `checkpoint.writers` -> what it is."""
 SPARE_BYTES = 1 << 28

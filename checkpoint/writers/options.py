@@ -21,6 +21,7 @@ class WriteOptions:
         facts: numbers that the naming needs and the source does not say.
         carry: folder with config.json, tokenizer files and generation config to copy along; None takes the
             source's own, if it has them.
+        layout: degrees (tensor, pipeline, expert) that `ranks` cuts by.
     """
 
     states: tuple[str, ...] | None = None
@@ -29,3 +30,4 @@ class WriteOptions:
     spec: str | None = None
     facts: Mapping[str, int] = field(default_factory=dict)
     carry: Path | None = None
+    layout: Mapping[str, int] = field(default_factory=dict)
