@@ -18,6 +18,7 @@ from checkpoint.readers.deepspeed_layout import Layout, find_layout, model_state
 from checkpoint.readers.deepspeed_state import Numbers, plain_items, trainer_state
 from checkpoint.readers.deepspeed_weights import module_parameters, parameter_shapes, read_layers, read_module
 from checkpoint.readers.deepspeed_zero0 import read_optimizer
+from checkpoint.readers.huggingface_config import facts_of, read_config
 from checkpoint.source import Source
 
 
@@ -56,6 +57,8 @@ def read(path: Path) -> Source:
     source.scalars, source.groups = numbers.values, numbers.groups()
     source.degrees = layout.degrees
     _describe(source, files, layout)
+    source.model_config = read_config(folder) or read_config(folder.parent)  # the Trainer of transformers
+    source.facts = facts_of(source.model_config or {})
     return source
 
 
@@ -122,6 +125,8 @@ def _describe(source: Source, files: Files, layout: Layout) -> None:
             f"{files.folder}: {files.experts[0]} and {len(files.experts) - 1} more files of DeepSpeed's own "
             "mixture of experts, which is not read"
         )
+    if model.get("ds_autoep_layers") or model.get("autoep_layers"):
+        files.problems.append(f"{files.folder}: saved with AutoEP (expert parallelism), which is not read")
     if (files.folder / "offloaded_tensors").is_dir():
         files.problems.append(
             f"{files.folder}/offloaded_tensors: optimizer states on NVMe are not read; save without that"

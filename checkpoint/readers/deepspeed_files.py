@@ -48,29 +48,28 @@ class Files:
     experts: list[str] = field(default_factory=list)
     universal: bool = False
     problems: list[str] = field(default_factory=list)
-    _opened: dict[Path, Any] = field(default_factory=dict)
+    _opened: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def any_model(self) -> bool:
         return bool(self.models or self.sharded_models)
 
     def open(self, path: Path) -> dict[str, Any]:
-        """What the file holds, tensors as `FileTensor`; empty, and a problem, where it cannot be read."""
+        """The dict that a file holds, tensors as `FileTensor`; empty, and a problem, where there is none."""
         if path not in self._opened:
-            self._opened[path] = self._open(path)
-        content: dict[str, Any] = self._opened[path]
-        return content
+            value = self.load(path)
+            if not isinstance(value, dict | None):
+                self.problems.append(f"{path}: holds a {type(value).__name__}, not the dict that is expected")
+            self._opened[path] = value if isinstance(value, dict) else {}
+        return self._opened[path]
 
-    def _open(self, path: Path) -> dict[str, Any]:
+    def load(self, path: Path) -> Any:
+        """Whatever a file holds, tensors as `FileTensor`; None, and a problem, where it cannot be read."""
         try:
-            value = open_torch_file(path).value
+            return open_torch_file(path).value
         except ValueError as error:
             self.problems.append(str(error))
-            return {}
-        if not isinstance(value, dict):
-            self.problems.append(f"{path}: holds a {type(value).__name__}, not the dict that DeepSpeed saves")
-            return {}
-        return value
+            return None
 
 
 def list_files(folder: Path) -> Files:

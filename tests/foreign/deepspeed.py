@@ -6,6 +6,7 @@ DeepSpeed itself resumes from universal folders.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -49,7 +50,7 @@ class Run:
 
     Attributes:
         stage: of ZeRO, 0 for none.
-        optimizer: "adamw", "sgd", "lion" or "muon".
+        optimizer: "adamw", "sgd", "lion", or "cpu_adam": DeepSpeed's own, which counts steps in integers.
         frozen: parameters that are not trained: a pattern that some part of the name matches.
         config: more keys of DeepSpeed's own configuration.
     """
@@ -76,9 +77,13 @@ class Resumed:
     global_steps: int
 
 
-def load_universal_and_step(folder: Path, oracle: Oracle, run: Run) -> Resumed:
-    """Resume a universal folder by DeepSpeed's own `load_universal`, and step with the oracle's gradients."""
-    resumed: Resumed = run_ranks(_load_universal_and_step, run.world, str(folder), oracle, run)[0]
+def load_universal_and_step(folder: Path, oracle: Oracle, run: Run, *, separate: bool = True) -> Resumed:
+    """Resume a universal folder by DeepSpeed's own `load_universal`, and step with the oracle's gradients.
+
+    Args:
+        separate: give every parameter group its own step tensor, which ZeRO 3 does not.
+    """
+    resumed: Resumed = run_ranks(_load_universal_and_step, run.world, str(folder), oracle, run, separate)[0]
     return resumed
 
 
@@ -111,6 +116,7 @@ def engine_config(oracle: Oracle, run: Run) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": run.stage} | run.config.get("zero_optimization", {}),
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
         "bf16": {"enabled": oracle.precision == "bf16"},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_max_lr": LR}},
         **{key: value for key, value in run.config.items() if key != "zero_optimization"},
@@ -222,21 +228,24 @@ def _save(folder: str, oracle: Oracle, run: Run, client_state: dict[str, Any]) -
     engine.save_checkpoint(folder, tag=TAG, client_state=client_state)
 
 
-def _load_universal_and_step(folder: str, oracle: Oracle, run: Run) -> Resumed:
+def _load_universal_and_step(folder: str, oracle: Oracle, run: Run, separate: bool) -> Resumed:
     engine = start_engine(oracle, run, checkpoint={"load_universal": True})
     path, _ = engine.load_checkpoint(folder)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
-    return _step(engine, oracle)
+    for state in engine.optimizer.optimizer.state.values() if separate else ():
+        if "step" in state:
+            state["step"] = copy.deepcopy(state["step"])
+    return _step(engine, oracle, run.optimizer)
 
 
 def _resume_and_step(folder: str, oracle: Oracle, run: Run) -> Resumed:
     engine = start_engine(oracle, run)
     path, _ = engine.load_checkpoint(folder)
     assert path is not None, f"DeepSpeed found nothing in {folder}"
-    return _step(engine, oracle)
+    return _step(engine, oracle, run.optimizer)
 
 
-def _step(engine: Any, oracle: Oracle) -> Resumed:
+def _step(engine: Any, oracle: Oracle, optimizer: str) -> Resumed:
     names = {id(p): n for n, p in engine.module.named_parameters()}
     groups = [
         ({names[id(p)] for p in members}, {k: v for k, v in group.items() if k != "params"})
@@ -252,7 +261,7 @@ def _step(engine: Any, oracle: Oracle) -> Resumed:
     states = {}
     for name, parameter in named_trained(engine):
         states[name, "master"] = safe_get_full_fp32_param(parameter).clone()
-        for state in ("exp_avg", "exp_avg_sq"):
+        for state in MOMENTS[optimizer]:
             states[name, state] = safe_get_full_optimizer_state(parameter, state).clone()
     return Resumed(states, groups, engine.global_steps)
 

@@ -11,6 +11,7 @@ from tests.foreign.oracle import BETAS, EPS, LR, WEIGHT_DECAY
 
 MOMENTS: dict[str, dict[str, str]] = {
     "adamw": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
+    "cpu_adam": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
     "sgd": {"momentum_buffer": "exp_avg"},
     "lion": {"exp_avg": "exp_avg"},
 }
@@ -48,6 +49,10 @@ def build_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     groups = decay_groups(model)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+    if name == "cpu_adam":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles itself when it is made first
+
+        return DeepSpeedCPUAdam(groups, lr=LR, betas=BETAS, eps=EPS)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=LR, momentum=0.9)
     if name == "lion":

@@ -89,6 +89,11 @@ def save_pipeline(folder: Path, oracle: Oracle, run: made.Run, stages: int = 2) 
     return folder
 
 
+def load_universal_pipeline(folder: Path, oracle: Oracle, run: made.Run, stages: int) -> None:
+    """Resume a universal folder by DeepSpeed's own loader; fails where a rank does not hold the oracle."""
+    run_ranks(_load_universal, run.world, str(folder), oracle, run, stages)
+
+
 def _output(embedding: torch.nn.Embedding, hidden: torch.Tensor) -> torch.Tensor:
     return linear(hidden, embedding.weight)
 
@@ -97,23 +102,39 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-def _save(folder: str, oracle: Oracle, run: made.Run, stages: int) -> None:
+def _start(oracle: Oracle, run: made.Run, stages: int, **more: Any) -> Any:
     made.deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     torch.manual_seed(1)
     model = PipelineModule(
         layers=layers(oracle), num_stages=stages, loss_fn=_loss, partition_method="uniform"
     )
-    engine = made.deepspeed.initialize(
+    return made.deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(run.optimizer, model),
-        config=made.engine_config(oracle, run) | {"gradient_accumulation_steps": 2},
+        config=made.engine_config(oracle, run) | {"gradient_accumulation_steps": 2, **more},
         dist_init_required=False,
     )[0]
+
+
+def _save(folder: str, oracle: Oracle, run: made.Run, stages: int) -> None:
+    engine = _start(oracle, run, stages)
     tokens = torch.arange(8).reshape(1, 8)
     engine.train_batch(iter([(tokens, tokens)] * 2))
     made.plant(engine, Renamed(oracle), run.optimizer)
     made.count_steps(engine)
     engine.save_checkpoint(folder, tag=made.TAG)
+
+
+def _load_universal(folder: str, oracle: Oracle, run: made.Run, stages: int) -> None:
+    engine = _start(oracle, run, stages, checkpoint={"load_universal": True})
+    path, _ = engine.load_checkpoint(folder)
+    assert path is not None, f"DeepSpeed found nothing in {folder}"
+    for name, parameter in made.named_trained(engine):
+        master = made.safe_get_full_fp32_param(parameter)
+        assert torch.equal(master, oracle.value(logical_name(name), "master")), name
+        for state in ("exp_avg", "exp_avg_sq"):
+            value = oracle.value(logical_name(name), state)
+            assert torch.equal(made.safe_get_full_optimizer_state(parameter, state), value), (name, state)
 
 
 class Renamed:
