@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Event, Lock
 
 import numpy as np
@@ -66,80 +65,74 @@ def execute(
     Raises:
         OSError: a source file is missing or short, or the disk is full. Finished files stay for the next try.
     """
-    run = _Run(plan, target, journal, progress)
-    with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
-        for _ in range(workers):
-            files = stack.enter_context(Files(source))
-            run.desks.put(_Desk(files, np.empty(PANEL_BYTES, np.uint8)))
-        futures: list[Future[None]] = []
+    run = _Run(plan, target, tensors, journal, progress)
+    with ThreadPoolExecutor(workers) as pool:
+        threads = [pool.submit(run.work, source) for _ in range(workers)]
         try:
-            for file in plan.files:
-                futures += run.start(file, tensors, pool)
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
+            done, _ = wait(threads, return_when=FIRST_EXCEPTION)
+            for thread in done:
+                thread.result()
         finally:  # an error, Ctrl-C too, stops the threads after the panels that they are at
             run.stopped.set()
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
             run.close()
     return run.written
-
-
-@dataclass(frozen=True)
-class _Desk:
-    """What a thread works with: its own open files of the source, and room for a panel."""
-
-    files: Files
-    buffer: Bits
 
 
 class _Run:
     """One execution of a plan: what its threads share."""
 
-    def __init__(self, plan: WritePlan, target: Path, journal: Journal, progress: Progress | None) -> None:
+    def __init__(
+        self, plan: WritePlan, target: Path, tensors: Tensors, journal: Journal, progress: Progress | None
+    ) -> None:
         self.written = Written()
         self.stopped = Event()
-        self.desks: SimpleQueue[_Desk] = SimpleQueue()
-        self._target, self._journal = target, journal
-        self._under_way: dict[str, _FileUnderWay] = {}
+        self._target, self._tensors, self._journal, self._progress = target, tensors, journal, progress
+        self._waiting: deque[OutputFile] = deque()
+        self._under_way: list[_FileUnderWay] = []
         self._total = plan.num_bytes
         self._done = 0
-        self._progress = progress
         self._lock = Lock()
-
-    def start(self, file: OutputFile, tensors: Tensors, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        """Hand the regions of a file to the pool; the last one to be done closes it."""
-        hashes = self._journal.finished(file)
-        if hashes is not None:
+        for file in plan.files:
+            hashes = journal.finished(file)
+            if hashes is None:
+                self._waiting.append(file)
+                continue
             self.written.hashes[file.path] = hashes
             self.written.kept += 1
-            self._count(file.num_bytes, is_kept=True)
-            return []
-        under_way = self._under_way[file.path] = _FileUnderWay(file, self._target)
-        if not file.regions:
-            return [pool.submit(self._finish, under_way)]
-        return [pool.submit(self._write, under_way, region, tensors) for region in file.regions]
+            self._done += file.num_bytes
+
+    def work(self, source: Path) -> None:
+        """What each thread does: one region after the other, with its own open files and its own buffer."""
+        buffer = np.empty(PANEL_BYTES, np.uint8)
+        with Files(source) as files:
+            while not self.stopped.is_set() and (task := self._take()) is not None:
+                under_way, region = task
+                if region is None or self._write(under_way, region, files, buffer):
+                    self._finish(under_way)
 
     def close(self) -> None:
         """Give up what is not finished."""
-        for under_way in self._under_way.values():
-            under_way.abandon()
+        for under_way in self._under_way:
+            under_way.close()
 
-    def _write(self, under_way: _FileUnderWay, region: Region, tensors: Tensors) -> None:
-        """Write a region; the last one of a file finishes it."""
-        desk = self.desks.get()
-        try:
-            is_last = self._write_panels(
-                under_way, region, Gatherer(region, tensors, desk.files), desk.buffer
-            )
-        finally:
-            self.desks.put(desk)
-        if is_last:
-            self._finish(under_way)
+    def _take(self) -> tuple[_FileUnderWay, Region | None] | None:
+        """The next region, of a file that no other thread writes if there is one: the kernel lets only one
+        at a time write into a file, and the others burn their time waiting. None of a file without any."""
+        with self._lock:
+            open_files = [under_way for under_way in self._under_way if under_way.regions]
+            chosen = min(open_files, key=lambda under_way: under_way.writers, default=None)
+            if self._waiting and (chosen is None or chosen.writers):
+                chosen = _FileUnderWay(self._waiting.popleft(), self._target)
+                self._under_way.append(chosen)
+            if chosen is None:
+                return None
+            chosen.writers += 1
+            return chosen, chosen.regions.popleft() if chosen.regions else None
 
-    def _write_panels(
-        self, under_way: _FileUnderWay, region: Region, gatherer: Gatherer, buffer: Bits
-    ) -> bool:
+    def _write(self, under_way: _FileUnderWay, region: Region, files: Files, buffer: Bits) -> bool:
+        """Write a region; True when the file has no other left."""
+        gatherer = Gatherer(region, self._tensors, files)
         digest, crc, at = xxhash.xxh3_64(), 0, region.start
         whole = Box((0,) * len(region.shape), region.shape)
         for panel in cut(whole, PANEL_BYTES // ITEM_SIZES[region.dtype]):
@@ -154,70 +147,68 @@ class _Run:
             under_way.write(content, at)
             at += len(content)
             self._count(len(content), needed)
-        return under_way.region_done(region.key, digest.hexdigest(), crc)
+        with self._lock:
+            return under_way.region_done(region.key, digest.hexdigest(), crc)
 
     def _finish(self, under_way: _FileUnderWay) -> None:
         under_way.finish()
         self._journal.finish(under_way.file, under_way.hashes)
         with self._lock:
             self.written.hashes[under_way.file.path] = under_way.hashes
-            del self._under_way[under_way.file.path]
+            self._under_way.remove(under_way)
 
-    def _count(self, num_bytes: int, read: int = 0, *, is_kept: bool = False) -> None:
+    def _count(self, written: int, read: int) -> None:
         with self._lock:
-            self._done += num_bytes
-            self.written.bytes_written += 0 if is_kept else num_bytes
+            self._done += written
+            self.written.bytes_written += written
             self.written.bytes_read += read
             if self._progress is not None:
                 self._progress(self._done, self._total)
 
 
 class _FileUnderWay:
-    """An output file of which several threads write the regions."""
+    """An output file while it is written, maybe by several threads.
+
+    Attributes:
+        regions: that no thread has taken yet.
+        writers: threads that are at it.
+        hashes: of the regions that are written.
+    """
 
     def __init__(self, file: OutputFile, target: Path) -> None:
         self.file = file
+        self.regions = deque(file.regions)
+        self.writers = 0
         self.hashes: dict[str, str] = {}
-        self._path = target / file.path
         self._crcs: dict[str, int] = {}
-        self._lock = Lock()
-        self._descriptor: int | None = None
+        path = target / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.ftruncate(self._descriptor, file.num_bytes)
 
     def write(self, content: memoryview | bytes, at: int) -> None:
         """All of it, at its place."""
         view = memoryview(content)
-        descriptor = self._open()
         while len(view):
-            count = os.pwrite(descriptor, view, at)
+            count = os.pwrite(self._descriptor, view, at)
             at += count
             view = view[count:]
 
     def region_done(self, key: str, digest: str, crc: int) -> bool:
         """Note a region; True when it was the last one."""
-        with self._lock:
-            assert key not in self.hashes, f"{self.file.path}: two regions are called {key!r}"
-            self.hashes[key], self._crcs[key] = digest, crc
-            return len(self.hashes) == len(self.file.regions)
+        assert key not in self.hashes, f"{self.file.path}: two regions are called {key!r}"
+        self.hashes[key], self._crcs[key] = digest, crc
+        self.writers -= 1
+        return len(self.hashes) == len(self.file.regions)
 
     def finish(self) -> None:
         """Write what is not a region, and bring the file to the disk."""
         late = self.file.late(self._crcs) if self.file.late is not None else ()
         for at, content in (*self.file.early, *late):
             self.write(content, at)
-        os.fsync(self._open())
-        self.abandon()
+        os.fsync(self._descriptor)
+        self.close()
 
-    def abandon(self) -> None:
-        """Close it, whatever it holds."""
-        with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-                self._descriptor = None
-
-    def _open(self) -> int:
-        with self._lock:
-            if self._descriptor is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-                os.ftruncate(self._descriptor, self.file.num_bytes)
-            return self._descriptor
+    def close(self) -> None:
+        """Whatever it holds."""
+        os.close(self._descriptor)
