@@ -11,19 +11,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from checkpoint.readers.dcp_chunks import find_damage, locate, read_items, read_numbers
+from checkpoint.readers.dcp_chunks import locate, read_begin, read_items, read_numbers
 from checkpoint.readers.dcp_metadata import METADATA, SUFFIX, DcpMetadata, joined, read_dcp_metadata
 from checkpoint.readers.dcp_optimizer import MASTERS, Group, name_numbers, read_groups
+from checkpoint.readers.dcp_rest import read_rest, trainer_step
 from checkpoint.readers.dcp_safetensors import PATTERN, read_shards
-from checkpoint.readers.dcp_tree import StateName, Tree, below, optimizer_roots, plain_name, sort_names
-from checkpoint.readers.deepspeed_state import plain
+from checkpoint.readers.dcp_tree import StateName, Tree, optimizer_roots, plain_name, sort_names
 from checkpoint.readers.huggingface_config import facts_of, read_config
 from checkpoint.source import ParameterGroup, Source, SourceTensor
 
 _PARTS = re.compile(r"(pytorch_model_fsdp|optimizer)(_\d+)?")
 """Folders of one checkpoint that accelerate writes."""
-_COUNTER = re.compile(r"(.+\.)?(step|steps|global_step|iteration|iter|current_step|trained_steps)")
-_FOLDER = re.compile(r"(?:.*[^a-z])?(?:step|steps|global_step|checkpoint|ckpt|iter|iteration)[-_]?(\d+)")
 
 
 def recognise(path: Path) -> bool:
@@ -61,8 +59,9 @@ def read(path: Path) -> Source:
         )
         for group in groups
     ]
-    values = _read_others(metadata, roots, tree, source)
-    source.step = _step(source, values)
+    _find_tied(listed, source)
+    read_rest(metadata, roots, tree, source)
+    source.step = trainer_step(source)
     source.problems[:] = dict.fromkeys(source.problems)
     return source
 
@@ -86,7 +85,7 @@ def _read_shards(folder: Path) -> Source:
     source = Source(f"PyTorch DCP, {shards} shards in safetensors", folder)
     _describe(source, folder)
     read_shards(folder, source)
-    source.step = _step(source, {})
+    source.step = trainer_step(source)
     return source
 
 
@@ -96,10 +95,12 @@ def _words(metadata: DcpMetadata) -> str:
 
 
 def _describe(source: Source, folder: Path) -> None:
+    """Take the model's sizes from a config.json that lies in the folder, or beside it."""
     for place in (folder, folder.parent):
-        source.model_config = read_config(place)
-        if source.model_config is not None:
-            source.facts = facts_of(source.model_config)
+        config = read_config(place)
+        facts = facts_of(config) if config is not None else {}
+        if facts:
+            source.model_config, source.facts = config, facts
             source.notes.append(f"the model's sizes are those of {place / 'config.json'}")
             return
 
@@ -122,8 +123,9 @@ def _name_numbered(metadata: DcpMetadata, tree: Tree, groups: list[Group], sourc
         tensor = metadata.tensors.get(state.stored)
         if state.parameter.isdigit() and tensor is not None and tensor.shape:
             shapes[int(state.parameter)] = tensor.shape
-    order = [name for stored in metadata.paths for name, at in tree.model.items() if at == stored]
-    model = {name: metadata.tensors[tree.model[name]].shape for name in order}
+    order = {stored: number for number, stored in enumerate(metadata.paths)}
+    names_in_order = sorted(tree.model, key=lambda name: order.get(tree.model[name], 0))
+    model = {name: metadata.tensors[tree.model[name]].shape for name in names_in_order}
     try:
         names = name_numbers(numbered, shapes, model)
     except ValueError as error:
@@ -162,6 +164,22 @@ def _read_tensors(metadata: DcpMetadata, tree: Tree, source: Source) -> None:
     _read_numbers(metadata, numbers, source)
 
 
+def _find_tied(listed: list[str], source: Source) -> None:
+    """Say that the output layer is tied where no optimizer has it, and it begins as the embedding does."""
+    pieces = {tensor.name: tensor.pieces for tensor in source.tensors if tensor.state == "weight"}
+    trained = {plain_name(name) for name in listed}
+    heads = [name for name in pieces if plain_name(name) == "lm_head.weight"]
+    embeddings = [name for name in pieces if plain_name(name) == "model.embed_tokens.weight"]
+    if not (heads and embeddings) or "tie_word_embeddings" in source.facts:
+        return
+    if plain_name(heads[0]) in trained or plain_name(embeddings[0]) not in trained:
+        return
+    begin = [read_begin(pieces[name]) for name in (heads[0], embeddings[0])]
+    if begin[0] and begin[0] == begin[1]:
+        source.facts["tie_word_embeddings"] = 1
+        source.notes.append(f"{heads[0]} is tied to {embeddings[0]}: no optimizer has it, and it is the same")
+
+
 def _is_whole(metadata: DcpMetadata, tree: Tree, state: StateName) -> bool:
     """Whether a state of one element has as many as its parameter."""
     stored = tree.model.get(state.parameter)
@@ -180,43 +198,3 @@ def _read_numbers(metadata: DcpMetadata, numbers: list[StateName], source: Sourc
             source.scalars.setdefault(number.word, {})[number.parameter] = value
         elif value is not None:
             source.left_out.append(f"{number.stored}: a {type(value).__name__} kept of a parameter")
-
-
-def _read_others(metadata: DcpMetadata, roots: list[str], tree: Tree, source: Source) -> dict[str, Any]:
-    """What is neither of the model nor of the optimizer, by stored name; also into the source's state."""
-    optimizers = {*below(metadata.items, roots, "state"), *below(metadata.items, roots, "param_groups")}
-    refused: dict[str, str] = {}
-    items, wrong = read_items(metadata, [n for n in metadata.items if n not in optimizers], refused=refused)
-    counters = [name for name in tree.others if math.prod(metadata.tensors[name].shape) == 1]
-    numbers, problems = read_numbers(metadata, counters)
-    source.problems += [*wrong, *problems, *find_damage(metadata, tree.others)]
-    values: dict[str, Any] = {}
-    for name, value in {**items, **numbers}.items():
-        try:
-            values[name] = plain(value)
-        except ValueError as error:
-            refused[name] = str(error)
-    for name in tree.others:
-        if name not in values:
-            tensor = metadata.tensors[name]
-            refused[name] = f"a {tensor.dtype} tensor of shape {list(tensor.shape)} that is no parameter"
-    source.left_out += [f"{name}: {reason}, not carried" for name, reason in refused.items()]
-    source.state = values
-    return values
-
-
-def _step(source: Source, values: dict[str, Any]) -> int:
-    """The trainer's own counter, else the number in the folder's name, else the optimizer's."""
-    counters = [
-        (name.count("."), name)
-        for name, value in values.items()
-        if _COUNTER.fullmatch(name) and type(value) is int and not re.search(r"sched|loader|data", name)
-    ]
-    if counters:
-        return int(values[min(counters)[1]])
-    for name in (source.folder.name, source.folder.parent.name):
-        match = _FOLDER.fullmatch(name.lower())
-        if match:
-            return int(match[1])
-    made = set(source.scalars.get("step", {}).values())
-    return int(max(made, default=0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from checkpoint.manifest import Piece
 from checkpoint.readers.dcp_metadata import DcpMetadata, Stored
 
 _HEAD = 1024  # bytes; the archive of one tensor has its payload before that
+_SMALL = 4096  # bytes; larger items are not compared with each other
 _LISTED = 3  # names given of a file that is not there
 
 
@@ -62,9 +63,14 @@ def read_items(
         Name -> value, with a `FileTensor` for every tensor inside; and a line for each thing that is wrong.
     """
     values: dict[str, Any] = {}
+    known: dict[bytes, Any] = {}  # settings are saved for every parameter, with the same few values
 
-    def add(_descriptor: int, path: Path, item: _Wanted) -> None:
-        values[item.name] = read_torch_bytes(path, item.stored.start, item.stored.length).value
+    def add(descriptor: int, path: Path, item: _Wanted) -> None:
+        _, start, length, _ = item.stored
+        content = os.pread(descriptor, length, start) if length <= _SMALL else b""
+        if not content or content not in known:
+            known[content] = read_torch_bytes(path, start, length).value
+        values[item.name] = known[content]
 
     wanted = [
         _Wanted(name, metadata.items[name], None) for name in (metadata.items if names is None else names)
@@ -82,6 +88,16 @@ def read_numbers(metadata: DcpMetadata, names: Iterable[str]) -> tuple[dict[str,
         except (ValueError, OSError) as error:
             problems.append(f"{name}: {error}")
     return found, problems
+
+
+def read_begin(pieces: Sequence[Piece], num_bytes: int = 4096) -> bytes:
+    """The first bytes of a tensor; none where they are not there."""
+    first = min(pieces, key=lambda piece: piece.box.offset, default=None)
+    if first is None or first.strides is not None:
+        return b""
+    with open(first.file, "rb") as file:
+        file.seek(first.start)
+        return file.read(min(num_bytes, first.num_bytes))
 
 
 def find_damage(metadata: DcpMetadata, names: Iterable[str]) -> list[str]:

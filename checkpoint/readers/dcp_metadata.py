@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +149,7 @@ def _metadata(folder: Path, index: Mapping[str, Any]) -> DcpMetadata:
     return DcpMetadata(folder, tensors, items, paths)
 
 
+@lru_cache(maxsize=1024)
 def _inside(file: str) -> str:
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise ValueError(f"it refers to {file}, outside of the checkpoint's folder")

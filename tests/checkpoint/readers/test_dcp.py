@@ -119,10 +119,12 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     assert str(shard) in "".join(open_checkpoint(folder).problems)
 
 
-def test_a_tied_embedding_is_one_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [True, False])
+def test_a_tied_embedding_is_one_tensor(tmp_path: Path, config: bool) -> None:
     tied = Oracle(layers=1, tied=True)
     folder = save(tmp_path / "tied", tied, Run())
-    (folder / "config.json").write_text(json.dumps(tied.huggingface_config()))
+    if config:
+        (folder / "config.json").write_text(json.dumps(tied.huggingface_config()))
     assert differing(open_checkpoint(folder), tied, {"weight": "weight", **MOMENTS}) == []
 
 
