@@ -11,16 +11,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from checkpoint import causes
 from checkpoint.checks import Checker, Difference, Tally, weight_of
 from checkpoint.consistency import consistency
 from checkpoint.finding import Finding, Report, number
-from checkpoint.manifest import ITEM_SIZES, LogicalTensor, Piece
+from checkpoint.manifest import ITEM_SIZES, LogicalTensor, Manifest, Piece
 from checkpoint.opening import Opened, UnreadableError, open_checkpoint
+from checkpoint.panels import is_dense
 from checkpoint.sweep import WORKERS, Key, Progress, sweep
-from checkpoint.verify import blob_extents, cover_problem, damage
+from checkpoint.verify import Extent, blob_extents, cover_problem, damage
 
 _NAMED = 5  # tensors in the words of a finding; all of them are in its list
 _ORDER = {"error": 0, "warning": 1, "note": 2}
@@ -67,7 +69,7 @@ def verify_checkpoint(
         num_pieces=len(pieces),
         num_bytes=sum(tensor.numel * ITEM_SIZES[tensor.dtype] for tensor in manifest.tensors),
         seconds=time.monotonic() - begin,
-        checks=_summary(manifest.tensors, manifest.by_key()),
+        checks=_summary(manifest, expected),
         findings=sorted(found, key=lambda finding: _ORDER[finding.severity]),
         notes=list(opened.notes),
         left_out=list(opened.left_out),
@@ -96,6 +98,8 @@ def verify_tensors(
         replicas = tuple(_readable(replica, sizes) for replica in tensor.replicas)
         checkers[key] = Checker(replace(tensor, replicas=replicas), weight)
         pieces += [(key, piece) for piece in _readable(tensor.pieces, sizes)]
+    aside = [extent for tensor in tensors for extent in _hashed_aside(tensor, sizes)]
+    findings += [Finding("error", "hash", line, cause=causes.HASH) for line in damage(opened.folder, aside)]
     tallies = sweep(opened.folder, checkers, pieces, workers=workers, progress=progress)
     for key, tally in tallies.items():
         findings += _byte_findings(by_key[key], tally)
@@ -133,6 +137,15 @@ def _ends(piece: Piece) -> int:
 def _readable(pieces: Iterable[Piece], sizes: Mapping[str, int | None]) -> tuple[Piece, ...]:
     """Those that their files hold in full."""
     return tuple([piece for piece in pieces if _ends(piece) <= (sizes[piece.file] or 0)])
+
+
+def _hashed_aside(tensor: LogicalTensor, sizes: Mapping[str, int | None]) -> Iterator[Extent]:
+    """Pieces with a hash that the one pass over the bytes does not read from end to end."""
+    owner = f"{tensor.name} ({tensor.state})"
+    sparse = [piece for piece in tensor.pieces if not is_dense(piece)]
+    for piece in _readable([*sparse, *chain.from_iterable(tensor.replicas)], sizes):
+        if piece.hash is not None:
+            yield Extent(piece.file, piece.start, piece.num_bytes, piece.hash, owner)
 
 
 def _file_findings(tensors: Iterable[LogicalTensor], sizes: Mapping[str, int | None]) -> Iterator[Finding]:
@@ -231,18 +244,23 @@ def _file_of(tensor: LogicalTensor, place: Sequence[int]) -> str | None:
     return None
 
 
-def _summary(
-    tensors: Sequence[LogicalTensor], by_key: Mapping[tuple[str, str], LogicalTensor]
-) -> dict[str, str]:
-    """What the checks had to compare."""
+def _summary(manifest: Manifest, expected: Mapping[str, tuple[int, ...]] | None) -> dict[str, str]:
+    """What each check had to compare, also where that was nothing."""
+    tensors, by_key, state = manifest.tensors, manifest.by_key(), manifest.state
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
     hashed = sum(piece.hash is not None for piece in pieces)
-    copied = sum(bool(tensor.replicas) for tensor in tensors)
+    copied = sum(bool(tensor.replicas) and not tensor.average for tensor in tensors)
     rounding = sum(weight_of(t, by_key.get((t.name, "weight"))) is not None for t in tensors)
+    steps = (state.get("per_parameter") or {}).get("step")
+    updates = (state.get("scalars") or {}).get("updates", "not known")
+    model = f"those of the model's {len(expected)}" if expected is not None else "those of its other states"
     return {
-        "coverage": f"{len(tensors)} tensors hold every element exactly once",
+        "coverage": f"{len(tensors)} tensors must hold every element exactly once",
         "hash": f"{hashed} of {len(pieces)} pieces have a recorded hash",
-        "finite": f"{len(tensors)} tensors hold finite numbers",
-        "replicas": f"{copied} tensors have copies that must be equal",
+        "finite": f"{len(tensors)} tensors must hold finite numbers",
+        "replicas": f"{copied} tensors have copies, which must be equal",
         "rounding": f"{rounding} masters must round to their weights",
+        "steps": f"updates: {updates}" if steps is None else f"{len(steps)} parameters count for themselves",
+        "groups": f"{len(state.get('groups') or [])} parameter groups",
+        "shapes": f"{len({tensor.name for tensor in tensors})} parameters, compared with {model}",
     }

@@ -173,7 +173,25 @@ def test_equal_replicas(saved: Saved) -> None:
     path, _ = with_replica(saved, (EMBED, "exp_avg"))
     report = verify_checkpoint(path)
     assert report.is_sound
-    assert report.checks["replicas"] == "1 tensors have copies that must be equal"
+    assert report.checks["replicas"] == "1 tensors have copies, which must be equal"
+
+
+def test_a_replica_and_a_piece_with_gaps_have_their_hashes_compared_too(saved: Saved) -> None:
+    path, _ = with_replica(saved, (NORM, "exp_avg"))
+    manifest = Manifest.from_json((path / "manifest.json").read_bytes(), "x")
+    holes = Piece("replica.bin", 0, "float32", Box((0,), (12,)), "0" * 16, (2,))
+    sparse = LogicalTensor("holes", "x", (12,), "float32", (holes,))
+
+    def hashed(tensor: LogicalTensor) -> LogicalTensor:
+        return replace(tensor, replicas=((replace(tensor.replicas[0][0], hash="1" * 16),),))
+
+    tensors = tuple(
+        hashed(t) if (t.name, t.state) == (NORM, "exp_avg") else t for t in (*manifest.tensors, sparse)
+    )
+    rewrite(path, replace(manifest, tensors=tensors))
+    found = sorted(str(each) for each in verify_checkpoint(path).errors if each.check == "hash")
+    assert [line.split(":")[0] for line in found] == ["holes (x)", f"{NORM} (exp_avg)"]
+    assert all("the manifest records" in line for line in found)
 
 
 def test_a_replica_that_drifted_is_named_with_its_largest_drift(saved: Saved) -> None:
