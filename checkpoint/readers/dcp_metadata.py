@@ -142,6 +142,8 @@ def _metadata(folder: Path, index: Mapping[str, Any]) -> DcpMetadata:
     items: dict[str, Stored] = {}
     for name, entry in index["state_dict_metadata"].items():
         if entry.name.endswith(".BytesStorageMetadata"):
+            if (name, None) not in stored:
+                raise ValueError(f"it does not say which file holds {name}")
             items[name] = stored[name, None]
         else:
             tensors[name] = _tensor(name, entry.state, stored)

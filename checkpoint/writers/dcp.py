@@ -9,23 +9,21 @@ FSDP2 keeps one copy of a parameter, in fp32: a weight is written from its maste
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from checkpoint.convert.output import WritePlan
 from checkpoint.language.arrange import Arranged, arrange
 from checkpoint.language.spec import Spec, load_spec
-from checkpoint.manifest import LogicalTensor
-from checkpoint.source import Part, plain_part
+from checkpoint.source import plain_part
 from checkpoint.writers.dcp_folder import DcpFolder, Keys
+from checkpoint.writers.dcp_optimizer import OptimizerValues
 from checkpoint.writers.options import WriteOptions
 
 if TYPE_CHECKING:
     from checkpoint.opening import Opened
 
+_PARAMETER = ("weight", "master")
 _ELSEWHERE = ("groups", "per_parameter", "left_out")
 """Of a manifest's state, what the optimizer's part of the folder says."""
 
@@ -71,169 +69,119 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
     targets = arrange(spec, writer.shapes, facts=facts)
     for target in targets:
         writer.write(target)
-    _tie(writer, spec, {target.name for target in targets})
-    writer.finish()
+    _tie(writer, spec, targets)
+    found = writer.finish()
     if titan:
-        writer.plan.notes.append(
+        found.notes.append(
             "torchtitan also wants lr_scheduler, dataloader and train_state.ntokens_seen, which no other "
             "trainer has: list them in its checkpoint.exclude_from_loading"
         )
-    return writer.plan
+    return found
 
 
-def _tie(writer: _Writer, spec: Spec, written: set[str]) -> None:
+def _tie(writer: _Writer, spec: Spec, targets: list[Arranged]) -> None:
     """Other names of tied parameters, which a model's state dict has as well."""
     aliases = {rule.match: rule.to for rule in spec.rules if rule.tied and rule.match and rule.to}
     if spec.name == "logical":
         aliases["lm_head.weight"] = "model.embed_tokens.weight"
-    for alias, name in aliases.items():
-        if "{" not in alias and alias not in written and name in written:
-            writer.alias(alias, name)
+    written = {target.name for target in targets}
+    targets_of = {t.parts[0].name: t.name for t in targets if len(t.parts) == 1}
+    for alias, logical in aliases.items():
+        if "{" not in alias and alias not in written and logical in targets_of:
+            writer.alias(alias, targets_of[logical])
 
 
-@dataclass
 class _Writer:
-    opened: Opened
-    options: WriteOptions
-    layout: _Layout
-    plan: WritePlan = field(default_factory=lambda: WritePlan("PyTorch DCP"))
+    """Puts a checkpoint into a folder, tensor by tensor."""
 
-    def __post_init__(self) -> None:
-        self.folder = DcpFolder(self.options.shard_bytes)
-        manifest = self.opened.manifest
-        self.tensors = manifest.by_key()
-        weights = [t for t in manifest.tensors if t.state == "weight"]
-        masters = [t for t in manifest.tensors if t.state == "master"]
-        self.shapes = {tensor.name: tensor.shape for tensor in (*weights, *masters)}
-        words = dict.fromkeys(tensor.state for tensor in manifest.tensors)
-        self.words = [word for word in words if word not in ("weight", "master")]
-        groups = manifest.state.get("groups") or []
-        self.settings: dict[str, dict[str, Any]] = {
-            name: {key: value for key, value in group.items() if key != "names"}
-            for group in groups
-            for name in group["names"]
-        }
-        self.defaults = _torch_defaults(self.words) if self.settings else {}
-        self.unsaid: dict[str, None] = {}
+    def __init__(self, opened: Opened, options: WriteOptions, layout: _Layout) -> None:
+        self.plan = WritePlan("PyTorch DCP")
+        self._manifest, self._dtype, self._layout = opened.manifest, options.dtype, layout
+        self._folder = DcpFolder(options.shard_bytes)
+        self._tensors = self._manifest.by_key()
+        words = dict.fromkeys(tensor.state for tensor in self._manifest.tensors)
+        self._words = [word for word in words if word not in _PARAMETER]
+        self._values = OptimizerValues(self._manifest.state, self._words)
+        found = sorted(self._tensors.values(), key=lambda tensor: tensor.state == "weight")
+        self.shapes = {tensor.name: tensor.shape for tensor in found if tensor.state in _PARAMETER}
 
     def write(self, target: Arranged) -> None:
         """One tensor of the target's model, and all that its optimizer keeps of it."""
         logical = list(dict.fromkeys(part.name for part in target.parts))
         self._weight(target, logical)
-        for word in self.words:
+        for word in self._words:
             self._state(target, logical, word)
-        if self.words:
-            self._numbers(target.name, logical)
-            self._settings(target.name, logical)
+        if not self._words:
+            return
+        for word, number in self._values.numbers(target.name, logical).items():
+            keys = self._layout.state(target.name, word)
+            if word == "step":
+                self._folder.add_number(keys, float(number))
+            else:
+                self._folder.add_item(keys, number)
+        for key, value in self._values.settings(target.name, logical).items():
+            self._folder.add_item(self._layout.setting(target.name, key), value)
 
     def alias(self, alias: str, name: str) -> None:
         """A tied parameter's other name; its optimizer knows one of them."""
-        self.folder.add_alias(self.layout.weight(alias), self.layout.weight(name))
+        self._folder.add_alias(self._layout.weight(alias), self._layout.weight(name))
 
-    def finish(self) -> None:
+    def finish(self) -> WritePlan:
         """All that is not of a parameter, and the files."""
-        manifest, state = self.opened.manifest, self.opened.manifest.state
-        self.folder.add_item(self.layout.step, manifest.step)
+        state = self._manifest.state
+        self._folder.add_item(self._layout.step, self._manifest.step)
         kept = {key: value for key, value in state.items() if key not in _ELSEWHERE}
-        self.folder.add_item(("ratoon",), json.loads(json.dumps(kept)))
-        if manifest.rank_blobs:
-            self.plan.notes.append("random states of ranks belong to the layout that saved them: not written")
-        if self.words and not self.settings:
-            self.plan.notes.append(
+        self._folder.add_item(("ratoon",), kept)
+        self.plan.lost += self._values.lost
+        self.plan.notes += self._notes()
+        if state.get("model_config"):
+            self.plan.small["config.json"] = json.dumps(state["model_config"], indent=2).encode()
+        self.plan.files = self._folder.files()
+        self.plan.small |= self._folder.small()
+        self.plan.last = lambda _: self._folder.index()
+        return self.plan
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self._manifest.rank_blobs:
+            notes.append("random states of ranks belong to the layout that saved them: not written")
+        if self._words and not self._values.has_settings:
+            notes.append(
                 "the source says no settings of parameter groups: none are written, and the optimizer's "
                 "state has to be loaded without them"
             )
-        if self.unsaid:
-            self.plan.notes.append(
-                f"settings that the source does not say are torch's defaults: {', '.join(self.unsaid)}"
-            )
-        if state.get("model_config"):
-            self.plan.small["config.json"] = json.dumps(state["model_config"], indent=2).encode()
-        self.plan.files = self.folder.files()
-        self.plan.small |= self.folder.small()
-        self.plan.last = lambda _: self.folder.index()
+        if self._values.unsaid:
+            unsaid = ", ".join(self._values.unsaid)
+            notes.append(f"settings that the source does not say are torch's defaults: {unsaid}")
+        return notes
 
     def _weight(self, target: Arranged, logical: list[str]) -> None:
-        state = "master" if all((name, "master") in self.tensors for name in logical) else "weight"
-        missing = [name for name in logical if (name, state) not in self.tensors]
+        state = "master" if all((name, "master") in self._tensors for name in logical) else "weight"
+        missing = [name for name in logical if (name, state) not in self._tensors]
         if missing:
-            self.plan.lost.append(
-                f"{target.name}: made of several, of which {missing[0]} has no {state}: not written"
-            )
+            self.plan.lost.append(f"{target.name}: {missing[0]}, which belongs to it, has no {state}")
             return
-        held = self.tensors[logical[0], state].dtype
-        dtype = self.options.dtype or held
+        held = self._tensors[logical[0], state].dtype
+        dtype = self._dtype or held
         if state == "master" and dtype != held:
             line = f"masters in {held}: FSDP keeps one copy of a parameter, which is written in {dtype}"
             self.plan.lost += [line] if line not in self.plan.lost else []
-        self._tensor(self.layout.weight(target.name), dtype, target.shape, state, target.parts)
+        keys = self._layout.weight(target.name)
+        self._folder.add_tensor(keys, dtype, target.shape, state=state, parts=target.parts)
 
     def _state(self, target: Arranged, logical: list[str], word: str) -> None:
-        found = [self.tensors[name, word] for name in logical if (name, word) in self.tensors]
+        found = [self._tensors[name, word] for name in logical if (name, word) in self._tensors]
         if not found:
             return
-        keys = self.layout.state(target.name, word)
-        odd = [tensor for tensor in found if tensor.shape != self.shapes[tensor.name]]
-        if not odd and len(found) == len(logical):
-            self._tensor(keys, found[0].dtype, target.shape, word, target.parts)
+        first, keys = found[0], self._layout.state(target.name, word)
+        alike = all(tensor.shape == self.shapes[tensor.name] for tensor in found)
+        if alike and len(found) == len(logical):
+            self._folder.add_tensor(keys, first.dtype, target.shape, state=word, parts=target.parts)
         elif target.parts == (plain_part(logical[0], target.shape),):
-            self._tensor(keys, found[0].dtype, found[0].shape, word, (_whole(found[0]),))
+            whole = (plain_part(first.name, first.shape),)
+            self._folder.add_tensor(keys, first.dtype, first.shape, state=word, parts=whole)
         else:
             self.plan.lost.append(
-                f"{word} of {found[0].name}: {target.name} is made of several tensors, and not all of them "
+                f"{word} of {first.name}: {target.name} is made of several tensors, and not all of them "
                 "have it in the parameter's shape"
             )
-
-    def _tensor(
-        self, keys: Keys, dtype: str, shape: tuple[int, ...], state: str, parts: Iterable[Part]
-    ) -> None:
-        self.folder.add_tensor(keys, dtype, shape, state=state, parts=tuple(parts))
-
-    def _numbers(self, name: str, logical: list[str]) -> None:
-        state = self.opened.manifest.state
-        kept: dict[str, Mapping[str, float]] = dict(state.get("per_parameter") or {})
-        updates = (state.get("scalars") or {}).get("updates")
-        if "step" not in kept and updates is not None:
-            kept["step"] = dict.fromkeys(logical, updates)
-        for word, values in kept.items():
-            mine = [values[each] for each in logical if each in values]
-            if not mine:
-                continue
-            if len(set(mine)) > 1:
-                self.plan.lost.append(f"{word} of {logical[1]}: {name} has one number, {mine[0]}")
-            if word == "step":
-                self.folder.add_number(self.layout.state(name, word), float(mine[0]))
-            else:
-                self.folder.add_item(self.layout.state(name, word), mine[0])
-
-    def _settings(self, name: str, logical: list[str]) -> None:
-        mine = [self.settings[each] for each in logical if each in self.settings]
-        if not mine:
-            return
-        if any(other != mine[0] for other in mine):
-            self.plan.lost.append(f"settings of {logical[1]}: {name} is in one group, that of {logical[0]}")
-        self.unsaid |= {
-            f"{key} = {value}": None
-            for key, value in self.defaults.items()
-            if key not in mine[0] and key in ("lr", "betas", "eps", "weight_decay", "momentum")
-        }
-        for key, value in {**self.defaults, **mine[0]}.items():
-            kept = tuple(value) if key == "betas" else value
-            self.folder.add_item(self.layout.setting(name, key), kept)
-
-
-def _whole(tensor: LogicalTensor) -> Part:
-    return plain_part(tensor.name, tensor.shape)
-
-
-def _torch_defaults(words: list[str]) -> dict[str, Any]:
-    """Settings that torch's optimizer of these states has in each group, and asks for when it loads."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer: torch.optim.Optimizer
-    if {"exp_avg", "exp_avg_sq"} <= set(words):
-        optimizer = torch.optim.AdamW([parameter])
-    elif "momentum_buffer" in words:
-        optimizer = torch.optim.SGD([parameter])
-    else:
-        return {}
-    return {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ class DcpFolder:
     def add_number(self, keys: Keys, value: float) -> None:
         """A float32 tensor without axes, such as torch's optimizers count steps in."""
         name = self._name(keys)
-        content = _filled(TensorRef(_STORAGE, "float32", ()), torch.tensor(value).numpy().tobytes())
+        content = _filled(TensorRef(_STORAGE, "float32", ()), struct.pack("<f", value))
         box = Box((), ())
         self._store(name, 0, box, self._value(content))
         self._describe(name, "float32", (), [box])
