@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,12 +14,16 @@ from typing import Any
 import xxhash
 
 from checkpoint.convert.output import OutputFile, WritePlan
+from checkpoint.verify import Extent, damage
 
 JOURNAL = "CONVERTING"
 
 
 class Journal:
-    """A file in the unfinished target: what is being converted, then a line for every file that is done."""
+    """A file in the unfinished target: what is being converted, then a line for every file that is done.
+
+    It is locked for as long as it is open: no two conversions write into one folder.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
         """
@@ -25,59 +32,88 @@ class Journal:
             key: names the conversion: another source or other options give another one, see `plan_key`.
 
         Raises:
-            ValueError: the folder belongs to another conversion.
+            ValueError: the folder belongs to another conversion, or one is writing into it at this moment.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / JOURNAL
-        self._done: dict[str, dict[str, str]] = {}
+        self._folder = folder
+        self._done: dict[str, dict[str, Any]] = {}
         self._lock = Lock()
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        if lines and lines[0] != key:
+        self._file = open(folder / JOURNAL, "a+b")
+        try:
+            self._begin(key)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, key: str) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise ValueError(
-                f"{folder} was begun by another conversion (another source, or other options): remove it, or "
-                "give another target"
+                f"{self._folder} is being written by another conversion: wait for it, or give another target"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        self._file.seek(0)
+        first, *lines = self._file.read().split(b"\n")
+        if lines and first != key.encode():
+            raise ValueError(
+                f"{self._folder} was begun by another conversion (of another source, or one that has changed "
+                "since, or with other options): remove it, or give another target"
             )
-        for line in lines[1:]:
-            entry = _parsed(line)
-            if entry and (folder / entry["path"]).is_file():
-                if (folder / entry["path"]).stat().st_size == entry["num_bytes"]:
-                    self._done[entry["path"]] = entry["hashes"]
-        if not lines:
-            self._path.write_text(key + "\n", encoding="utf-8")
+        if not lines:  # new, or killed at once
+            self._file.truncate(0)
+            self._append(key)
+        for line in lines[:-1]:
+            with suppress(ValueError):
+                entry = json.loads(line)
+                self._done[entry["path"]] = entry
+        if lines and lines[-1]:  # a line that a kill cut short
+            self._append("")
 
     def finished(self, file: OutputFile) -> dict[str, str] | None:
-        """The hashes of a file's regions where an earlier attempt has finished it."""
-        return self._done.get(file.path)
+        """The hashes of a file's regions, if an earlier attempt has finished it and its bytes have them."""
+        entry = self._done.get(file.path)
+        try:
+            if entry is None or (self._folder / file.path).stat().st_size != file.num_bytes:
+                return None
+        except OSError:
+            return None
+        hashes: dict[str, str] = entry["hashes"]
+        return None if damage(self._folder, region_extents([file], {file.path: hashes})) else hashes
 
-    def finish(self, file: OutputFile, hashes: dict[str, str]) -> None:
+    def finish(self, file: OutputFile, hashes: Mapping[str, str]) -> None:
         """Note that a file is whole and on the disk."""
-        line = json.dumps({"path": file.path, "num_bytes": file.num_bytes, "hashes": hashes})
-        with self._lock, open(self._path, "a", encoding="utf-8") as journal:
-            journal.write(line + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        with self._lock:
+            self._append(json.dumps({"path": file.path, "hashes": dict(hashes)}))
 
     def close(self) -> None:
-        """The conversion is complete."""
-        self._path.unlink()
+        """Let others at it."""
+        self._file.close()
+
+    def _append(self, line: str) -> None:
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
-def plan_key(source_digest: str, plan: WritePlan) -> str:
-    """Names a conversion by its source and by everything that it writes."""
-    digest = xxhash.xxh3_128(source_digest.encode())
-    digest.update(plan.format.encode())
+def region_extents(files: Iterable[OutputFile], hashes: Mapping[str, Mapping[str, str]]) -> list[Extent]:
+    """The bytes of all regions, with the hashes that they should have."""
+    return [
+        Extent(file.path, region.start, region.num_bytes, hashes[file.path][region.key], region.key)
+        for file in files
+        for region in file.regions
+    ]
+
+
+def plan_key(source: Mapping[str, tuple[int, int]], digest: str, plan: WritePlan) -> str:
+    """Names a conversion by its source and by everything that it writes.
+
+    Args:
+        source: file -> size and time of its last change.
+        digest: of the source's headers.
+    """
+    key = xxhash.xxh3_128(repr((digest, sorted(source.items()), plan.format, sorted(plan.carried))).encode())
     for file in plan.files:
-        digest.update(f"{file.path} {file.num_bytes}".encode())
-        for region in file.regions:
-            what = f"{region.key} {region.start} {region.dtype} {region.shape} {region.state}"
-            digest.update(what.encode())
-    return digest.hexdigest()
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """The entry of a line; None for one that a kill cut short."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
+        key.update(repr((file.path, file.num_bytes, file.regions)).encode())
+    return key.hexdigest()

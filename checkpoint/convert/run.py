@@ -6,18 +6,21 @@ import importlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from checkpoint.convert.execute import PANEL_BYTES, WORKERS, Progress, Written, execute
-from checkpoint.convert.journal import JOURNAL, Journal, plan_key
+from checkpoint.convert.files import changed, stamps
+from checkpoint.convert.journal import JOURNAL, Journal, plan_key, region_extents
 from checkpoint.convert.output import WritePlan
 from checkpoint.finding import Finding
-from checkpoint.folder import sync_folder, write_durably
+from checkpoint.folder import WRITING, sync_folder, write_durably, writing
 from checkpoint.manifest import ITEM_SIZES, LogicalTensor
 from checkpoint.opening import Opened, open_checkpoint
 from checkpoint.report import verify_checkpoint
+from checkpoint.verify import damage
 from checkpoint.writers.options import WriteOptions
 
 FORMATS = {
@@ -112,11 +115,12 @@ def convert(
 ) -> Converted:
     """Write what was prepared into the folder `target`, which appears when it is whole.
 
-    Killed in the middle, the same call goes on where it was: finished files stay in `target`.partial.
+    Killed in the middle, the same call goes on where it was: finished files stay in
+    `target`.partial-convert.
 
     Args:
         drop: go on although the target cannot hold everything, see `WritePlan.lost`.
-        verify: read the source once more before, and refuse damage.
+        verify: read the source once more before and refuse damage, and read back what was written.
 
     Raises:
         ValueError: something would be lost, the source is damaged, or the target is there already.
@@ -128,12 +132,27 @@ def convert(
     _refuse_target(target, opened)
     findings: list[Finding] = []
     with opened.reading() as gone:
-        if gone:
-            raise ValueError(gone[0])
+        before, problems = stamps(opened.folder, opened.manifest)
+        _refuse_source(opened, [*gone, *problems])
         if verify:
             findings = _verified(opened, workers)
         verified = time.monotonic()
-        written = _write(conversion, target, workers, progress)
+        with _unfinished(target, plan_key(before, opened.digest, plan)) as (partial, journal):
+            _refuse_full_disk(partial, plan)
+            written = execute(
+                plan,
+                opened.folder,
+                opened.manifest.by_key(),
+                partial,
+                journal=journal,
+                workers=workers,
+                progress=progress,
+            )
+            _refuse_source(opened, changed(opened.folder, before))
+            if verify:
+                _check(partial, plan, written)
+            _write_small(partial, plan, written)
+            _reveal(partial, target)
     return Converted(
         target=target,
         format=plan.format,
@@ -147,27 +166,46 @@ def convert(
     )
 
 
-def _write(conversion: Conversion, target: Path, workers: int, progress: Progress | None) -> Written:
-    opened, plan = conversion.opened, conversion.plan
-    partial = target.with_name(target.name + ".partial")
-    journal = Journal(partial, plan_key(opened.digest, plan))
-    tensors = opened.manifest.by_key()
-    written = execute(
-        plan, opened.folder, tensors, partial, journal=journal, workers=workers, progress=progress
-    )
-    for name, path in plan.carried.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, partial / name)
+@contextmanager
+def _unfinished(target: Path, key: str) -> Iterator[tuple[Path, Journal]]:
+    """The folder beside the target that it grows in. Nobody else writes into it, nor tidies it up."""
+    partial = target.with_name(target.name + ".partial-convert")
+    journal = Journal(partial, key)
+    try:
+        with writing(partial):
+            yield partial, journal
+    finally:
+        journal.close()
+
+
+def _write_small(partial: Path, plan: WritePlan, written: Written) -> None:
     last = plan.last(written.hashes) if plan.last is not None else {}
-    for name, content in {**plan.small, **last}.items():
+    carried = {name: path.read_bytes() for name, path in plan.carried.items()}
+    for name, content in {**carried, **plan.small, **last}.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         write_durably(partial / name, content)
-    (partial / JOURNAL).unlink()
+
+
+def _reveal(partial: Path, target: Path) -> None:
+    """What is whole gets its name, and only then forgets how it came to be."""
     if target.exists():
         target.rmdir()  # empty, see _refuse_target
     os.rename(partial, target)
+    for name in (JOURNAL, WRITING):
+        (target / name).unlink()
+    sync_folder(target)
     sync_folder(target.parent)
-    return written
+
+
+def _check(partial: Path, plan: WritePlan, written: Written) -> None:
+    """Read back what was written; what an earlier attempt wrote has been read back already."""
+    damaged = damage(partial, region_extents(plan.files, written.hashes))
+    if damaged:
+        listed = "\n  ".join(damaged[:20])
+        raise ValueError(
+            f"{partial}: {len(damaged)} regions do not read as they were written:\n  {listed}\n"
+            "The disk or the memory fails; the same command writes these files once more"
+        )
 
 
 def _verified(opened: Opened, workers: int) -> list[Finding]:
@@ -179,6 +217,20 @@ def _verified(opened: Opened, workers: int) -> list[Finding]:
             "`ratoon checkpoint verify` lists all; --no-verify converts what is there"
         )
     return report.findings
+
+
+def _refuse_source(opened: Opened, problems: Sequence[str]) -> None:
+    if problems:
+        listed = "\n  ".join(problems[:20])
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{opened.folder} cannot be converted:\n  {listed}{more}")
+
+
+def _refuse_full_disk(partial: Path, plan: WritePlan) -> None:
+    held = sum(entry.stat().st_blocks * 512 for entry in partial.rglob("*"))
+    needed, free = plan.num_bytes - held, shutil.disk_usage(partial).free
+    if needed > free:
+        raise ValueError(f"{partial.parent}: {needed} more bytes are to be written, {free} are free")
 
 
 def _refuse_loss(plan: WritePlan, *, drop: bool) -> None:
