@@ -25,6 +25,7 @@ class Collected:
     problems: list[str]
     _shapes: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     _pieces: dict[tuple[str, str], list[Piece]] = field(default_factory=dict)
+    _copies: list[SourceTensor] = field(default_factory=list)
     _filled: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def add_flat(
@@ -49,6 +50,11 @@ class Collected:
             self._begin(name, state, tensor.shape).append(tensor.piece())
             self._filled[name, state] = tensor.numel
 
+    def add_copy(self, name: str, state: str, tensor: FileTensor, data_rank: int) -> None:
+        """A tensor that one data rank holds whole, maybe as others do."""
+        at = {**self.at, "data": data_rank}
+        self._copies.append(SourceTensor(name, state, tensor.shape, (tensor.piece(),), at))
+
     def has(self, name: str, state: str) -> bool:
         return (name, state) in self._pieces
 
@@ -60,7 +66,7 @@ class Collected:
                 self.problems.append(
                     f"{name} ({state}): the files hold {filled} of the {wanted} elements of {list(shape)}"
                 )
-        return [
+        return self._copies + [
             SourceTensor(name, state, self._shapes[name, state], tuple(pieces), self.at)
             for (name, state), pieces in self._pieces.items()
         ]

@@ -61,11 +61,16 @@ def _read_rank(
             into.problems.append(f"{master.file}: the model states give no shape of {', '.join(unknown)}")
             continue
         tensors = {"master": master}
+        padding = (state.get("group_paddings") or {group: 0})[group]
+        whole = sum(math.prod(known[fragment.name]) for fragment in fragments)
         for key, value in _moments(state, group).items():
-            if isinstance(value, FileTensor) and value.numel >= master.numel and len(value.shape) == 1:
+            flat = isinstance(value, FileTensor) and len(value.shape) == 1
+            if flat and value.numel in (master.numel, master.numel + padding):
                 tensors[key] = value
+            elif flat and value.numel == whole:
+                _take_whole(key, value, fragments, known, data_rank=data_rank, into=into)
             else:
-                put_number(numbers, key, [f.name for f in fragments], value)
+                put_number(numbers, key, [fragment.name for fragment in fragments], value)
         for name, start, numel in fragments:
             if start + numel > master.numel:
                 into.problems.append(
@@ -75,6 +80,24 @@ def _read_rank(
                 continue
             for key, flat in tensors.items():
                 into.add_flat(name, key, known[name], run=flat.narrow((start,), (numel,)))
+
+
+def _take_whole(
+    state: str,
+    flat: FileTensor,
+    fragments: Sequence[Fragment],
+    shapes: Shapes,
+    *,
+    data_rank: int,
+    into: Collected,
+) -> None:
+    """Muon's momentum: the rank keeps all of it of every parameter of which it has some elements."""
+    start = 0
+    for fragment in fragments:
+        numel = math.prod(shapes[fragment.name])
+        tensor = flat.narrow((start,), (numel,)).reshape(shapes[fragment.name])
+        into.add_copy(fragment.name, state, tensor, data_rank)
+        start += numel
 
 
 def read_groups(state: Mapping[str, Any], shapes: Sequence[Shapes], numbers: Numbers) -> None:

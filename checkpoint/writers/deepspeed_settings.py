@@ -102,12 +102,22 @@ class Settings:
             self.notes.append(
                 f"{', '.join(differing)} differ between parameter groups: {stages} the engine keeps its own"
             )
+        if self.has_muon:
+            self.lost.append(
+                "momentum_buffer: DeepSpeed's load_universal does not restore the momentum of Muon (its ZeRO 3 "
+                "refuses a checkpoint of Muon)"
+            )
         if len(self.groups) > 1 and not self.counts_in_integers:
             self.notes.append(
-                "under ZeRO 3 DeepSpeed gives all parameter groups one step tensor, which torch's optimizers then "
-                "count up once a group. After load_checkpoint, separate them: for s in "
+                "under ZeRO 3 DeepSpeed gives all parameter groups one step tensor, which torch's optimizers "
+                "then count up once a group. After load_checkpoint, separate them: for s in "
                 "engine.optimizer.optimizer.state.values(): s['step'] = s['step'].clone()"
             )
+
+    @property
+    def has_muon(self) -> bool:
+        """Whether Muon updates some of the parameters."""
+        return any(group.get("use_muon") for _, group in self.groups)
 
     @property
     def counts_in_integers(self) -> bool:

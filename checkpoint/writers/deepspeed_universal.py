@@ -59,6 +59,8 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
     for target in targets:
         place = f"{folder}/zero/{target.name}"
         states = _states(target, tensors, options, plan.lost)
+        if settings.has_muon:
+            states = [state for state in states if state.file != "momentum_buffer"]
         plan.files += [_file(f"{place}/{file}.pt", target, state) for file, state in states]
         step = saved_step(settings, target.name)
         if step is not None and len(states) > 1:

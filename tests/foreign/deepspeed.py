@@ -27,8 +27,8 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
-from tests.foreign.deepspeed_optimizers import MOMENTS, build_optimizer
-from tests.foreign.oracle import LR, STEP, Oracle
+from tests.foreign.deepspeed_optimizers import build_optimizer, by_muon, moments
+from tests.foreign.oracle import LR, STEP, WEIGHT_DECAY, Oracle
 from tests.ranks import run_ranks
 
 # gloo alone: DeepSpeed's own shared-memory collectives would be compiled first
@@ -50,7 +50,7 @@ class Run:
 
     Attributes:
         stage: of ZeRO, 0 for none.
-        optimizer: "adamw", "sgd", "lion", or "cpu_adam": DeepSpeed's own, which counts steps in integers.
+        optimizer: "adamw", "sgd", "lion", "muon", or "cpu_adam": DeepSpeed's own, whose steps are integers.
         frozen: parameters that are not trained: a pattern that some part of the name matches.
         config: more keys of DeepSpeed's own configuration.
     """
@@ -108,11 +108,21 @@ def start_engine(oracle: Oracle, run: Run, **more: Any) -> Any:
         parameter.requires_grad_(not (run.frozen and re.search(run.frozen, name)))
     optimizer = build_optimizer(run.optimizer, model)
     config = engine_config(oracle, run) | more
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    torch.compiler.set_stance("force_eager")  # Muon's update would be compiled
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=trained,
+        config=config,
+        dist_init_required=False,
+    )[0]
 
 
 def engine_config(oracle: Oracle, run: Run) -> dict[str, Any]:
+    muon = {"type": "Muon", "params": {"lr": LR, "momentum": 0.95, "weight_decay": WEIGHT_DECAY}}
     return {
+        **({"optimizer": muon} if run.optimizer == "muon" else {}),
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": run.stage} | run.config.get("zero_optimization", {}),
         "zero_allow_untested_optimizer": True,
@@ -141,11 +151,24 @@ def plant(engine: Any, oracle: Values, optimizer: str = "adamw") -> None:
         master = oracle.value(name, "master")
         safe_set_full_fp32_param(parameter, master)
         assert torch.equal(safe_get_full_fp32_param(parameter), master), name
-        for state, moment in MOMENTS[optimizer].items():
+        whole = optimizer == "muon" and not hasattr(parameter, "ds_id")
+        kept = {} if whole and by_muon(name) else moments(optimizer, name)
+        for state, moment in kept.items():
             value = oracle.value(name, moment)
             safe_set_full_optimizer_state(parameter, value, state)
             assert torch.equal(safe_get_full_optimizer_state(parameter, state), value), (name, state)
+    if optimizer == "muon" and hasattr(engine.optimizer, "params_in_partition"):
+        plant_muon(engine.optimizer, oracle)
     plant_steps(engine)
+
+
+def plant_muon(zero: Any, oracle: Values) -> None:
+    """ZeRO 1 and 2: a rank has the whole momentum of every matrix of which it has some elements."""
+    for group, members in enumerate(zero.params_in_partition):
+        state = zero.optimizer.state[zero.single_partition_of_fp32_groups[group]]
+        if "momentum_buffer" in state:
+            values = [oracle.value(zero.param_names[member], "exp_avg").flatten() for member in members]
+            state["momentum_buffer"].copy_(torch.cat(values))
 
 
 def plant_steps(engine: Any) -> None:
@@ -261,7 +284,7 @@ def _step(engine: Any, oracle: Oracle, optimizer: str) -> Resumed:
     states = {}
     for name, parameter in named_trained(engine):
         states[name, "master"] = safe_get_full_fp32_param(parameter).clone()
-        for state in MOMENTS[optimizer]:
+        for state in moments(optimizer, name):
             states[name, state] = safe_get_full_optimizer_state(parameter, state).clone()
     return Resumed(states, groups, engine.global_steps)
 

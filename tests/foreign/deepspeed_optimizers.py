@@ -9,13 +9,19 @@ import torch
 
 from tests.foreign.oracle import BETAS, EPS, LR, WEIGHT_DECAY
 
-MOMENTS: dict[str, dict[str, str]] = {
-    "adamw": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
-    "cpu_adam": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
-    "sgd": {"momentum_buffer": "exp_avg"},
-    "lion": {"exp_avg": "exp_avg"},
-}
-"""What each optimizer keeps of a parameter, by its own word, and which of the oracle's values it is given."""
+ADAM = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+
+
+def moments(optimizer: str, name: str) -> dict[str, str]:
+    """What an optimizer keeps of a parameter, by its own word, and the oracle's value that it is given."""
+    if optimizer == "sgd" or (optimizer == "muon" and by_muon(name)):
+        return {"momentum_buffer": "exp_avg"}
+    return {"exp_avg": "exp_avg"} if optimizer == "lion" else ADAM
+
+
+def by_muon(name: str) -> bool:
+    """Whether Muon updates the parameter itself: the matrices between embedding and head."""
+    return "_proj." in name
 
 
 class Lion(torch.optim.Optimizer):
@@ -45,7 +51,12 @@ def decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def build_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer | None:
+    """The optimizer; None for "muon", which DeepSpeed makes by itself from marks on the parameters."""
+    if name == "muon":
+        for path, parameter in model.named_parameters():
+            parameter.use_muon = by_muon(path)  # type: ignore[attr-defined]
+        return None
     groups = decay_groups(model)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)

@@ -10,6 +10,7 @@ import torch
 from checkpoint.opening import Opened, open_checkpoint
 from checkpoint.whole import read_whole
 from tests.foreign.deepspeed import SAMPLES, Run, save
+from tests.foreign.deepspeed_optimizers import moments
 from tests.foreign.oracle import LR, STEP, WEIGHT_DECAY, Oracle
 
 ALL = {"weight", "master", "exp_avg", "exp_avg_sq"}
@@ -55,6 +56,23 @@ def assert_equal(opened: Opened, oracle: Oracle, states: set[str], names: set[st
 def test_every_state_is_read_bit_for_bit(case: str, tmp_path: Path) -> None:
     oracle, run, states = (QUICK | LONG)[case]
     assert_equal(open_checkpoint(save(tmp_path, oracle, run)), oracle, states)
+
+
+MUON_3 = zero(save_muon_momentum_buffer_in_memory=True, reduce_scatter=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run", [Run(2, optimizer="muon"), Run(3, optimizer="muon", config=MUON_3)], ids=str)
+def test_the_states_of_muon_are_read_under_its_own_words(run: Run, tmp_path: Path) -> None:
+    oracle = Oracle()
+    opened = open_checkpoint(save(tmp_path, oracle, run))
+    tensors = opened.manifest.by_key()
+    assert not opened.problems
+    for name in oracle.shapes():
+        kept = moments("muon", name)
+        assert {state for other, state in tensors if other == name} - {"weight", "master"} == set(kept)
+        for state, moment in kept.items():
+            assert torch.equal(read_whole(opened.folder, tensors[name, state]), oracle.value(name, moment))
 
 
 @pytest.fixture(scope="module")

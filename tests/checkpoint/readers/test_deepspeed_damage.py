@@ -72,6 +72,11 @@ def test_a_missing_rank_of_zero_3_is_named(tmp_path: Path) -> None:
     assert "zero_pp_rank_2_mp_rank_00_model_states.pt is missing" in problems
 
 
+def test_deepspeeds_own_mixture_of_experts_is_refused_by_name(copy: Path) -> None:
+    (copy / "layer_0_expert_3_mp_rank_00_model_states.pt").touch()
+    assert any("layer_0_expert_3" in problem for problem in read(copy).problems)
+
+
 def test_other_folders_are_not_recognised(zero2: Path, tmp_path: Path) -> None:
     assert recognise(zero2)
     assert recognise(zero2 / TAG)

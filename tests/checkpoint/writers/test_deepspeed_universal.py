@@ -90,6 +90,14 @@ def test_zero_1_and_2_take_the_momentum_of_sgd(stage: int, tmp_path: Path) -> No
 
 
 @pytest.mark.long
+def test_the_momentum_of_muon_is_listed_as_lost(tmp_path: Path) -> None:
+    saved = save(tmp_path / "saved", Oracle(layers=1), Run(2, optimizer="muon"))
+    planned = prepare(saved, "deepspeed_universal", WriteOptions()).plan
+    assert any("momentum_buffer" in line for line in planned.lost)
+    assert not any("momentum_buffer" in file.path for file in planned.files)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("stages", "world"), [(1, 2), (2, 4), (3, 3)])
 def test_a_tied_pipeline_resumes_on_other_stages(stages: int, world: int, tmp_path: Path) -> None:
     oracle = Oracle(tied=True)
