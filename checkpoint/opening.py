@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from checkpoint.convert.files import FOREIGN_FILES, changed
 from checkpoint.folder import is_ratoon, read_manifest, read_marker, reading, resolve
 from checkpoint.manifest import Manifest
 from checkpoint.readers import recognise
@@ -134,6 +135,7 @@ def _open_own(path: Path) -> Opened:
         run_id=marker.run or None if marker else None,
         notes=(f"recognised {form}: {folder}",),
         left_out=tuple(manifest.state.get("left_out", ())),
+        problems=tuple(changed(folder, manifest.state.get(FOREIGN_FILES, {}))),
     )
 
 

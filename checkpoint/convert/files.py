@@ -10,6 +10,8 @@ from checkpoint.manifest import Manifest
 
 Stamps = Mapping[str, tuple[int, int]]
 """File, as the manifest names it -> its size in bytes, and when it was changed last, in nanoseconds."""
+FOREIGN_FILES = "foreign_files"
+"""Key of a manifest's state: stamps of files that it points into and that are not its own."""
 
 
 def stamps(folder: Path, manifest: Manifest) -> tuple[dict[str, tuple[int, int]], list[str]]:
@@ -49,5 +51,5 @@ def changed(folder: Path, before: Stamps) -> list[str]:
             problems.append(f"{name}: {error.strerror}")
             continue
         if (state.st_size, state.st_mtime_ns) != (size, time):
-            problems.append(f"{name}: has been written to since, it has {state.st_size} bytes and had {size}")
+            problems.append(f"{name}: has been written to since; it has {state.st_size} bytes and had {size}")
     return problems

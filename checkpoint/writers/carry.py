@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from checkpoint.convert.output import WritePlan
 from checkpoint.opening import Opened
+from checkpoint.writers.huggingface_config import config_of
 
 CONFIG = "config.json"
 CARRIED = (
@@ -36,3 +39,21 @@ def carried_files(opened: Opened, folder: Path | None) -> dict[str, Path]:
     if folder is not None and not found:
         raise ValueError(f"--carry {folder}: it has none of {', '.join(CARRIED)}")
     return found
+
+
+def configure(written: WritePlan, opened: Opened, dtype: str) -> None:
+    """Let the config.json that goes along say `dtype`; make one where none does and the model is known."""
+    if CONFIG in written.carried:
+        config = json.loads(written.carried[CONFIG].read_text(encoding="utf-8"))
+        stated = {key: dtype for key in ("dtype", "torch_dtype") if config.get(key, dtype) != dtype}
+        if stated:
+            written.small[CONFIG] = json.dumps(config | stated, indent=2).encode()
+            del written.carried[CONFIG]
+        return
+    model = opened.manifest.state.get("model")
+    if model is None:
+        return
+    try:
+        written.small[CONFIG] = json.dumps(config_of(model, dtype=dtype), indent=2).encode()
+    except ValueError as error:
+        written.notes.append(f"no config.json goes along: {error}")

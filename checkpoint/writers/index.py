@@ -1,10 +1,15 @@
-"""Ratoon index: a manifest whose pieces point into the original files. Takes seconds, whatever the size."""
+"""Ratoon index: a manifest whose pieces point into the original files. Takes seconds, whatever the size.
+
+It records how long each file is and when it was written, so that a source that changes is noticed when the
+index is opened.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+from checkpoint.convert.files import stamps
 from checkpoint.convert.output import WritePlan
 from checkpoint.manifest import LogicalTensor, Piece
 from checkpoint.opening import Opened
@@ -27,7 +32,11 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
     written = WritePlan("Ratoon index", carried=carried_files(opened, options.carry))
     folder = opened.folder.resolve()
     tensors = [_absolute(tensor, folder) for tensor in opened.manifest.tensors]
-    written.small = complete(opened, sorted(tensors, key=lambda tensor: (tensor.name, tensor.state)))
+    tensors.sort(key=lambda tensor: (tensor.name, tensor.state))
+    files, problems = stamps(folder, replace(opened.manifest, tensors=tuple(tensors), rank_blobs=()))
+    if problems:
+        raise ValueError(f"{folder} is not whole, hence not indexed:\n  " + "\n  ".join(problems[:20]))
+    written.small = complete(opened, tensors, files=files)
     written.notes.append(f"the original files must stay where they are: {folder}")
     return written
 
