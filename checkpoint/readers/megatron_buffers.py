@@ -138,7 +138,7 @@ class _Walk:
         """How many of the compared elements of a weight are not the rounded master that begins at `start`."""
         key = (number, start)
         if key not in self._compared:
-            self._compared[key] = _compare(self._weights[number], self._masters, start)
+            self._compared[key] = compare(self._weights[number], self._masters, start)
         return self._compared[key]
 
     def _next(self, state: _State, share: float) -> Iterator[tuple[_State, tuple[int, int] | None]]:
@@ -176,7 +176,8 @@ class _Walk:
         return self._masters.numel - state.position < ALIGNMENT
 
 
-def _compare(weight: Flat, masters: Flat, start: int) -> tuple[int, int]:
+def compare(weight: Flat, masters: Flat, start: int = 0) -> tuple[int, int]:
+    """How many sampled elements of a weight are not the rounded masters from `start` on, and of how many."""
     differing = compared = 0
     for first, count in _panels(weight.numel):
         expected = rounded(masters.read(start + first, count), masters.dtype, weight.dtype)
