@@ -104,13 +104,13 @@ class Settings:
             )
         if self.has_muon:
             self.lost.append(
-                "momentum_buffer: DeepSpeed's load_universal does not restore the momentum of Muon (its ZeRO 3 "
-                "refuses a checkpoint of Muon)"
+                "momentum_buffer: DeepSpeed's load_universal does not restore the momentum of Muon (under "
+                "ZeRO 3 it refuses a checkpoint of Muon)"
             )
         if len(self.groups) > 1 and not self.counts_in_integers:
             self.notes.append(
-                "under ZeRO 3 DeepSpeed gives all parameter groups one step tensor, which torch's optimizers "
-                "then count up once a group. After load_checkpoint, separate them: for s in "
+                "under ZeRO 3 DeepSpeed gives all groups one step tensor, which torch's optimizers then count up "
+                "once a group. After load_checkpoint, separate them: for s in "
                 "engine.optimizer.optimizer.state.values(): s['step'] = s['step'].clone()"
             )
 

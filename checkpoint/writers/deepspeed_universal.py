@@ -138,7 +138,7 @@ def _notes(plan: WritePlan) -> list[str]:
         held.setdefault(place, set()).add(state.removesuffix(".pt"))
     states = set().union(*held.values()) - {"fp32"} if held else set()
     if not states:
-        return ["there is no optimizer state: load it with load_optimizer_states=False"]
+        return ["there is no optimizer state: load it with load_module_only=True"]
     notes = []
     if not MOMENTS <= states:
         notes.append(

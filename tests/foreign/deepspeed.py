@@ -93,6 +93,20 @@ def resume_and_step(folder: Path, oracle: Oracle, run: Run) -> Resumed:
     return resumed
 
 
+def save_weights(folder: Path, oracle: Oracle) -> None:
+    """The model alone, as transformers saves it."""
+    model = build_model(oracle)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(oracle.value(name, "master"))
+    model.save_pretrained(folder)
+
+
+def load_universal_weights(folder: Path, oracle: Oracle, run: Run) -> None:
+    """Load the weights alone by `load_universal`; fails where DeepSpeed does not hold the oracle's then."""
+    run_ranks(_load_universal_weights, run.world, str(folder), oracle, run)
+
+
 def build_model(oracle: Oracle) -> torch.nn.Module:
     """transformers' Llama of the oracle's sizes; its parameters have the logical names."""
     torch.manual_seed(1)
@@ -259,6 +273,14 @@ def _load_universal_and_step(folder: str, oracle: Oracle, run: Run, separate: bo
         if "step" in state:
             state["step"] = copy.deepcopy(state["step"])
     return _step(engine, oracle, run.optimizer)
+
+
+def _load_universal_weights(folder: str, oracle: Oracle, run: Run) -> None:
+    engine = start_engine(oracle, run, checkpoint={"load_universal": True})
+    path, _ = engine.load_checkpoint(folder, load_module_only=True)
+    assert path is not None, f"DeepSpeed found nothing in {folder}"
+    for name, parameter in named_trained(engine):
+        assert torch.equal(safe_get_full_fp32_param(parameter), oracle.value(name, "master")), name
 
 
 def _resume_and_step(folder: str, oracle: Oracle, run: Run) -> Resumed:

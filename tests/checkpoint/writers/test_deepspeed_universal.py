@@ -15,7 +15,14 @@ from checkpoint.convert.run import convert, prepare
 from checkpoint.opening import open_checkpoint
 from checkpoint.whole import read_whole
 from checkpoint.writers.options import WriteOptions
-from tests.foreign.deepspeed import Resumed, Run, load_universal_and_step, save
+from tests.foreign.deepspeed import (
+    Resumed,
+    Run,
+    load_universal_and_step,
+    load_universal_weights,
+    save,
+    save_weights,
+)
 from tests.foreign.deepspeed_pipeline import SPEC, load_universal_pipeline, save_pipeline
 from tests.foreign.oracle import LR, STEP, WEIGHT_DECAY, Oracle
 
@@ -87,6 +94,17 @@ def test_zero_1_and_2_take_the_momentum_of_sgd(stage: int, tmp_path: Path) -> No
         found = resumed.states[name, "momentum_buffer"]
         # two roundings of fp32 where torch may fuse them
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-8), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_alone_are_loaded_as_the_note_says(stage: int, tmp_path: Path) -> None:
+    oracle = Oracle(layers=1)
+    save_weights(tmp_path / "saved", oracle)
+    conversion = prepare(tmp_path / "saved", "deepspeed_universal", WriteOptions())
+    assert conversion.plan.notes == ["there is no optimizer state: load it with load_module_only=True"]
+    convert(conversion, tmp_path / "universal")
+    load_universal_weights(tmp_path / "universal", oracle, Run(stage))
 
 
 @pytest.mark.long
