@@ -109,7 +109,7 @@ class Settings:
             )
         if len(self.groups) > 1 and not self.counts_in_integers:
             self.notes.append(
-                "under ZeRO 3 DeepSpeed gives all groups one step tensor, which torch's optimizers then count up "
+                "under ZeRO 3 DeepSpeed gives all groups one step tensor, which torch's optimizers count up "
                 "once a group. After load_checkpoint, separate them: for s in "
                 "engine.optimizer.optimizer.state.values(): s['step'] = s['step'].clone()"
             )

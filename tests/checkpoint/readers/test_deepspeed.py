@@ -9,7 +9,7 @@ import torch
 
 from checkpoint.opening import Opened, open_checkpoint
 from checkpoint.whole import read_whole
-from tests.foreign.deepspeed import SAMPLES, Run, save
+from tests.foreign.deepspeed import SAMPLES, Run, resume_and_step, save
 from tests.foreign.deepspeed_optimizers import moments
 from tests.foreign.oracle import LR, STEP, WEIGHT_DECAY, Oracle
 
@@ -56,6 +56,16 @@ def assert_equal(opened: Opened, oracle: Oracle, states: set[str], names: set[st
 def test_every_state_is_read_bit_for_bit(case: str, tmp_path: Path) -> None:
     oracle, run, states = (QUICK | LONG)[case]
     assert_equal(open_checkpoint(save(tmp_path, oracle, run)), oracle, states)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_itself_goes_on_as_the_oracle(stage: int, tmp_path: Path) -> None:
+    """What the readers are tested with are checkpoints of the oracle by DeepSpeed's own loader, too."""
+    oracle, run = Oracle(), Run(stage)
+    resumed = resume_and_step(save(tmp_path, oracle, run), oracle, run)
+    for (name, state), value in resumed.states.items():
+        assert torch.equal(value, oracle.stepped(name)[state]), (name, state)
 
 
 MUON_3 = zero(save_muon_momentum_buffer_in_memory=True, reduce_scatter=False)
