@@ -1,12 +1,14 @@
-"""A genuine ZeRO-2 checkpoint of a Llama of the wanted size, trained for one step by DeepSpeed itself."""
+"""A genuine ZeRO-2 checkpoint of a Llama of the wanted size, trained for one step by DeepSpeed itself.
+
+    env DS_ACCELERATOR=cpu python -m tools.bench_convert.zero2 FOLDER BYTES RANKS
+
+A program of its own: DeepSpeed asks for its accelerator while it is imported.
+"""
 
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for while deepspeed is imported
+import sys
 
 import deepspeed
 import torch
@@ -20,27 +22,22 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 TAG = "global_step1"
 BYTES_PER_PARAMETER = 14  # bf16 weight, fp32 master and two moments
 VOCABULARY, HEAD = 16384, 64
-
-
-def make(folder: Path, num_bytes: int, ranks: int) -> Path:
-    """Save about `num_bytes` of model and optimizer state into `folder`; returns it."""
-    run_ranks(_train, ranks, str(folder), shape(num_bytes // BYTES_PER_PARAMETER))
-    return folder
+QUERIES = 2  # query heads a key head
 
 
 def shape(parameters: int) -> dict[str, int]:
     """Arguments of LlamaConfig for about so many parameters: up to 12 layers, as wide as it takes."""
     layers = max(2, min(12, parameters // 5_000_000))
-    # a layer has about 2.5 h^2 (attention, 4 query heads a key head) + 8 h^2, the embeddings 2 V h
-    hidden = (-VOCABULARY + math.sqrt(VOCABULARY**2 + 10.5 * layers * parameters)) / (10.5 * layers)
-    hidden = max(1, round(hidden / (4 * HEAD))) * 4 * HEAD
+    # a layer has 3 h^2 (attention) and 8 h^2 (MLP), the two embeddings 2 V h
+    hidden = (-VOCABULARY + math.sqrt(VOCABULARY**2 + 11 * layers * parameters)) / (11 * layers)
+    hidden = max(1, round(hidden / (QUERIES * HEAD))) * QUERIES * HEAD
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "intermediate_size": hidden * 8 // 3 // 64 * 64,
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // HEAD,
-        "num_key_value_heads": hidden // HEAD // 4,
+        "num_key_value_heads": hidden // HEAD // QUERIES,
         "head_dim": HEAD,
         "max_position_embeddings": 256,
     }
@@ -57,10 +54,14 @@ def _train(folder: str, sizes: dict[str, int]) -> None:
         "bf16": {"enabled": True},
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    engine = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config, dist_init_required=False
-    )[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[
+        0
+    ]
     tokens = torch.arange(8).reshape(1, 8)
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
     engine.save_checkpoint(folder, tag=TAG)
+
+
+if __name__ == "__main__":
+    run_ranks(_train, int(sys.argv[3]), sys.argv[1], shape(int(sys.argv[2]) // BYTES_PER_PARAMETER))
