@@ -26,7 +26,8 @@ from tools.bench_convert.contest import Program, Turns, compete
 RANKS, SMALLER = 2, 3  # the memory is measured at two sizes, one of them a third of the other
 UNIVERSAL, VERIFIED, INDEX = "ratoon universal", "ratoon universal, verified", "ratoon index"
 DEEPSPEED, COPY, THEIRS = "ratoon deepspeed_universal", "cp -r", "ds_to_universal"
-ON_CPU = ("env", "DS_ACCELERATOR=cpu")
+COMPILED = ("env", "-u", "PYTHONDONTWRITEBYTECODE")  # as where a package is installed
+ON_CPU = (*COMPILED, "DS_ACCELERATOR=cpu")
 FASTER, AS_COPY, MEMORY, INDEX_SECONDS = 3.0, 1.25, 256e6, 2.0
 OWN_BYTES, SAME_LAYOUT = 1.1, 1.2
 
@@ -116,8 +117,10 @@ def programs(source: Path, target: Path) -> list[Program]:
 def conversions(large: Path, small: Path, folder: Path, rounds: int) -> list[Target]:
     """Let all convert, cold and warm."""
     targets = []
+    contestants = programs(large, folder / "out")
+    compete(contestants, large, 1, cold=False)  # does not count: compiles Python's files
     for cold in (True, False):
-        turns = compete(programs(large, folder / "out"), large, rounds, cold=cold)
+        turns = compete(contestants, large, rounds, cold=cold)
         show("cold" if cold else "warm", turns)
         how = "cold" if cold else "warm"
         ours, index, copy = turns[UNIVERSAL].median, turns[INDEX].median, turns[COPY].median
