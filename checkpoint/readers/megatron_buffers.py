@@ -20,6 +20,7 @@ from checkpoint.bits import Bits, rounded
 ALIGNMENT = 64
 """Elements; a parameter's start counted from its bucket's."""
 _PANEL = 1024  # elements compared at a time
+_PATIENCE = 16  # states of a search, for each parameter; one that succeeds needs little more than one
 _PANELS = 16  # of one parameter: enough to tell positions apart; every element is compared in verification
 
 
@@ -64,11 +65,14 @@ class Located:
     Attributes:
         starts: parameter's number in registration order -> element where it begins. Parameters that the
             buffer does not have (frozen ones) are absent. Empty if no order fits.
-        doubts: where values contradict; of an order that does not fit at all, the place it failed at.
+        doubts: where values contradict; of an order that does not fit at all, the place it failed at, if
+            that was for the values.
+        reached: elements up to which the order fits.
     """
 
     starts: dict[int, int] = field(default_factory=dict)
     doubts: tuple[Doubt, ...] = ()
+    reached: int = 0
 
 
 def locate(weights: Sequence[Flat], masters: Flat, bucket_starts: Sequence[int] | None = None) -> Located:
@@ -83,14 +87,12 @@ def locate(weights: Sequence[Flat], masters: Flat, bucket_starts: Sequence[int] 
         bucket_starts: elements where its buckets begin, ascending, the first at 0; None: not known.
     """
     walk = _Walk(weights, masters, bucket_starts)
-    exact = walk.run(share=1.0)
-    if exact is not None:
-        return Located(exact)
-    nearly = walk.run(share=0.5)
-    if nearly is None:
-        return Located({}, (walk.stuck,) if walk.stuck else ())
-    doubts = [Doubt(number, start, *walk.compare(number, start)) for number, start in nearly.items()]
-    return Located(nearly, tuple(doubt for doubt in doubts if doubt.differing))
+    for share in (1.0, 0.5):
+        starts = walk.run(share)
+        if starts is not None:
+            doubts = [Doubt(number, start, *walk.compare(number, start)) for number, start in starts.items()]
+            return Located(starts, tuple(doubt for doubt in doubts if doubt.differing), masters.numel)
+    return Located({}, walk.stuck(), walk.furthest.position)
 
 
 class _State(NamedTuple):
@@ -101,6 +103,10 @@ class _State(NamedTuple):
     bucket: int
 
 
+_Step = tuple[_State, tuple[int, int] | None]
+"""What comes next, and the parameter that was placed for it and its start."""
+
+
 class _Walk:
     """A depth-first search over "the bucket goes on", "a new bucket begins" and "is not in here"."""
 
@@ -109,15 +115,14 @@ class _Walk:
         self._masters = masters
         self._bucket_starts = bucket_starts
         self._compared: dict[tuple[int, int], tuple[int, int]] = {}
-        self.stuck: Doubt | None = None
+        self.furthest = _State(0, 0, 0)
 
     def run(self, share: float) -> dict[int, int] | None:
         """Parameter -> start, where at least this share of the elements agree; None where nothing fits."""
-        first = _State(0, 0, 0)
         path: list[tuple[int, int] | None] = []
-        trail: list[Iterator[tuple[_State, tuple[int, int] | None]]] = [self._next(first, share)]
-        seen = {first}
-        while trail:
+        trail: list[Iterator[_Step]] = [self._next(_State(0, 0, 0), share)]
+        seen: set[_State] = set()
+        while trail and len(seen) < _PATIENCE * (len(self._weights) + 100):
             step = next(trail[-1], None)
             if step is None:
                 trail.pop()
@@ -129,10 +134,20 @@ class _Walk:
                 continue
             seen.add(state)
             path.append(found)
+            if state.position > self.furthest.position:
+                self.furthest = state
             if state.following == len(self._weights) and self._complete(state):
                 return dict(entry for entry in path if entry is not None)
             trail.append(self._next(state, share))
         return None
+
+    def stuck(self) -> tuple[Doubt, ...]:
+        """The parameter that should come next where the search got furthest."""
+        if self.furthest.following == len(self._weights):
+            return ()
+        number = len(self._weights) - 1 - self.furthest.following
+        candidates = self._candidates(self.furthest, self._weights[number].numel)
+        return tuple(Doubt(number, start, *self.compare(number, start)) for start, _ in candidates)[:1]
 
     def compare(self, number: int, start: int) -> tuple[int, int]:
         """How many of the compared elements of a weight are not the rounded master that begins at `start`."""
@@ -141,20 +156,15 @@ class _Walk:
             self._compared[key] = compare(self._weights[number], self._masters, start)
         return self._compared[key]
 
-    def _next(self, state: _State, share: float) -> Iterator[tuple[_State, tuple[int, int] | None]]:
+    def _next(self, state: _State, share: float) -> Iterator[_Step]:
         if state.following == len(self._weights):
             return
         number = len(self._weights) - 1 - state.following
         numel = self._weights[number].numel
-        tried = None
         for start, bucket in self._candidates(state, numel):
             differing, compared = self.compare(number, start)
             if compared - differing >= share * compared:
-                after = _State(state.following + 1, start + numel, bucket)
-                yield after, (number, start)
-            tried = tried or Doubt(number, start, differing, compared)
-        if tried and (self.stuck is None or tried.start > self.stuck.start):
-            self.stuck = tried
+                yield _State(state.following + 1, start + numel, bucket), (number, start)
         yield state._replace(following=state.following + 1), None
 
     def _candidates(self, state: _State, numel: int) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from checkpoint.archive.file_tensor import FileTensor
 from checkpoint.boxes import Box
 from checkpoint.manifest import Piece
 from checkpoint.panels import Files
-from checkpoint.readers.megatron_buffers import Doubt, Located, locate
+from checkpoint.readers.megatron_buffers import Located, locate
 from checkpoint.readers.megatron_model import Parameter
 
 _MASTER = "param"
@@ -135,7 +135,7 @@ def _read_optimizer(
             members = candidates[key]
             for earlier in list(candidates)[: list(candidates).index(key) + 1]:
                 del candidates[earlier]  # chunks follow each other, what was passed over has no buffer
-            problems += [_doubt(called, members, doubt) for doubt in located.doubts]
+            problems += _doubts(called, members, located, masters.numel)
             yield from _states(states, members, located)
 
 
@@ -166,11 +166,16 @@ def _states(states: Mapping[str, Any], members: Sequence[Parameter], located: Lo
             yield Found(parameter, "master" if state == _MASTER else state, tensor)
 
 
-def _doubt(called: str, members: Sequence[Parameter], doubt: Doubt) -> str:
-    parameter = members[doubt.parameter]
-    end = doubt.start + parameter.tensor.numel
-    return (
-        f"{called}: elements {doubt.start} to {end} should be the master of {parameter.name}, but "
-        f"{doubt.differing} of {doubt.compared} compared ones are not its weight when rounded to "
-        f"{parameter.tensor.dtype}; likely cause: {_CAUSE}"
-    )
+def _doubts(called: str, members: Sequence[Parameter], located: Located, numel: int) -> Iterator[str]:
+    for number, start, differing, compared in located.doubts:
+        parameter = members[number]
+        yield (
+            f"{called}: elements {start} to {start + parameter.tensor.numel} should be the master of "
+            f"{parameter.name}, but {differing} of {compared} compared ones are not its weight when rounded "
+            f"to {parameter.tensor.dtype}; likely cause: {_CAUSE}"
+        )
+    if not located.starts and not located.doubts:
+        yield (
+            f"{called}: the model's {len(members)} parameters in their order fit the first {located.reached} "
+            f"of its {numel} elements only; likely cause: {_CAUSE}"
+        )

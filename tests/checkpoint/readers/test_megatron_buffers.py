@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,8 +130,27 @@ def test_values_of_another_step_are_doubted_where_they_begin() -> None:
     assert [(doubt.parameter, doubt.start) for doubt in found.doubts] == [(1, buffer.starts[1])]
 
 
-def test_a_buffer_that_holds_more_than_the_parameters_fits_nothing() -> None:
+@pytest.mark.parametrize("extra", [[torch.ones(640)], [torch.ones(64)]])
+def test_a_buffer_that_holds_more_than_the_parameters_fits_nothing(extra: list[torch.Tensor]) -> None:
     masters = [torch.randn(300), torch.randn(1000)]
-    buffer = lay_out([torch.randn(640), *masters], None, 1, set())
+    buffer = lay_out([*extra, *masters], None, 1, set())
     found = locate([Memory(values.bfloat16()) for values in masters], Memory(buffer.masters))
-    assert found.starts == {}
+    assert (found.starts, found.doubts) == ({}, ())
+    assert found.reached == 1024 + 300  # the last registered is first, and 1000 is aligned
+
+
+def test_a_buffer_that_holds_less_than_a_parameter_fits_nothing() -> None:
+    found = locate([Memory(torch.ones(300)), Memory(torch.ones(1000))], Memory(torch.zeros(500)))
+    assert (found.starts, found.reached) == ({}, 0)
+
+
+def test_the_search_gives_up_in_time() -> None:
+    """One parameter of many has other values: not every combination of skipped ones is tried."""
+    masters = [torch.randn(64) for _ in range(3000)]
+    buffer = lay_out(masters, 1000, 2, set())
+    weights = [Memory(values.bfloat16()) for values in masters]
+    weights[1500] = Memory(torch.randn(64).bfloat16())
+    began = time.monotonic()
+    found = locate(weights, Memory(buffer.masters))
+    assert [doubt.parameter for doubt in found.doubts] == [1500]
+    assert time.monotonic() - began < 20  # all combinations would take minutes

@@ -155,6 +155,18 @@ def test_masters_that_are_shifted_are_named(copy: Path) -> None:
     assert any(f"{OPTIMIZER}: buffer 0 (bfloat16)" in problem for problem in problems(copy))
 
 
+@pytest.mark.parametrize("change", [lambda flat: torch.cat([flat, flat]), lambda flat: flat[:150]])
+def test_a_buffer_of_another_size_is_named(
+    change: Callable[[torch.Tensor], torch.Tensor], copy: Path
+) -> None:
+    def resize(content: Any) -> None:
+        (buffer,) = content[0].values()
+        buffer.update({key: change(value) for key, value in buffer.items() if torch.is_tensor(value)})
+
+    rewrite(copy / RANK / OPTIMIZER, resize)
+    assert any(f"{OPTIMIZER}: buffer 0 (bfloat16)" in problem for problem in problems(copy))
+
+
 def test_masters_without_their_weights_are_refused_in_a_plain_optimizer(tmp_path: Path) -> None:
     run = Run(Layout(distributed_optimizer=False))
     folder = save_torch(tmp_path, ORACLE, run)
