@@ -8,6 +8,7 @@ optimizers shapes, and in low precision values, confirm it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,13 +106,12 @@ def read_plain(
         parameters: of this optimizer, in the order of the model.
         where: the file.
     """
-    ruled = by_rule(inner.groups, parameters, args)
-    members: list[list[_Member]] | None = None
     with Files(Path()) as files:
-        if ruled is not None:
-            members = _pair_groups(inner, [list(group) for group in ruled], files)
+        ruled = by_rule(inner.groups, parameters, args)
+        members = _pair_groups(inner, ruled, files) if ruled is not None else None
+        follows_rule = members is not None
         if members is None:
-            members = _pair_groups(inner, [list(parameters)] * len(inner.groups), files)
+            members = _pair_groups(inner, [parameters] * len(inner.groups), files)
         if members is None:
             numbers.problems.append(
                 f"{where}: the optimizer's {sum(len(g['params']) for g in inner.groups)} states do not have "
@@ -119,11 +119,10 @@ def read_plain(
                 "whatever the groups; likely cause: files of different saves or models mixed"
             )
             return []
-        numbers.problems += [
-            line for group in members for member in group for line in _doubt(member, files, where)
-        ]
+        for member in (member for group in members for member in group):
+            numbers.problems += _doubt(member, files, where)
     if inner.masters is None:
-        numbers.problems += _undecided(members, parameters, where)
+        numbers.problems += _undecided(members, parameters, where, follows_rule=follows_rule)
     take_groups(inner.groups, [[member.parameter for member in group] for group in members], numbers)
     return [found for group in members for member in group for found in _found(member, numbers, where)]
 
@@ -156,8 +155,10 @@ def _pair(
     left, unused = iter(candidates), list(masters or ())
     for state in states:
         for parameter in left:
-            low = parameter.tensor.dtype != "float32"
-            master = unused[0] if low and unused else None
+            has_master = masters is not None and parameter.tensor.dtype != "float32"
+            if has_master and not unused:
+                return None
+            master = unused[0] if has_master else None
             if _fits(parameter, state, master, files):
                 members.append(_Member(parameter, state, master))
                 unused = unused[1:] if master is not None else unused
@@ -195,16 +196,28 @@ def _doubt(member: _Member, files: Files, where: str) -> Iterator[str]:
 
 
 def _undecided(
-    members: Sequence[Sequence[_Member]], parameters: Sequence[Parameter], where: str
+    members: Sequence[Sequence[_Member]],
+    parameters: Sequence[Parameter],
+    where: str,
+    *,
+    follows_rule: bool,
 ) -> Iterator[str]:
-    """Without masters to compare, which of several parameters of one shape is frozen cannot be known."""
+    """Without masters to compare, parameters of one shape cannot be told apart where the rule does not."""
     found = {id(member.parameter) for group in members for member in group}
-    shapes = {member.parameter.tensor.shape for group in members for member in group}
+    shapes = Counter(
+        shape for group in members for shape in {member.parameter.tensor.shape for member in group}
+    )
     left = [p.name for p in parameters if id(p) not in found and p.tensor.shape in shapes]
     if left:
         yield (
             f"{where}: the optimizer has no state of {len(left)} parameters with the shape of others, and "
             f"nothing tells which ({', '.join(left[:3])}, ... or others): frozen parameters in float32"
+        )
+    shared = [list(shape) for shape, groups in shapes.items() if groups > 1]
+    if shared and not follows_rule:
+        yield (
+            f"{where}: several of {len(members)} parameter groups have parameters of shapes {shared[:3]}, "
+            "and in float32 nothing tells which of them are whose: the groups are not megatron-core's"
         )
 
 

@@ -74,7 +74,7 @@ def read_rank(reading: Reading, rank: str, at: dict[str, int], content: Mapping[
         return
     try:
         found = _read_optimizer(reading, rank, content["optimizer"], held.parameters)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OSError) as error:
         reading.problems.append(f"{where}: its optimizer is not understood ({type(error).__name__}: {error})")
         return
     for each in found:

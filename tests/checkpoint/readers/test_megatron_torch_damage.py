@@ -12,6 +12,7 @@ import torch
 
 from checkpoint.opening import UnreadableError, open_checkpoint
 from checkpoint.readers.megatron_torch import read, recognise
+from checkpoint.whole import read_whole
 from parallel.layout import Layout
 from tests.foreign.megatron import ITERATION, Run, save_torch
 from tests.foreign.oracle import Oracle
@@ -199,6 +200,32 @@ def test_frozen_parameters_of_a_plain_optimizer_in_float32_are_not_guessed(tmp_p
 
     rewrite(folder / ITERATION / "mp_rank_00" / MODEL, freeze)
     assert any("nothing tells which" in problem for problem in problems(folder))
+
+
+def split_group(content: Any) -> None:
+    """Halve a plain optimizer's first group, by every other parameter, without a rule."""
+    state = content["optimizer"].get("optimizer", content["optimizer"])
+    first, *rest = state["param_groups"]
+    halves = [dict(first, params=first["params"][k::2], lr=1e-4 * (k + 1)) for k in (0, 1)]
+    state["param_groups"] = [*halves, *rest]
+    masters = content["optimizer"].get("fp32_from_fp16_params")
+    if masters:
+        masters[:1] = [masters[0][0::2], masters[0][1::2]]
+
+
+def test_groups_without_a_rule_are_confirmed_by_values(tmp_path: Path) -> None:
+    folder = save_torch(tmp_path, ORACLE, Run(Layout(distributed_optimizer=False)))
+    rewrite(folder / ITERATION / "mp_rank_00" / MODEL, split_group)
+    opened = open_checkpoint(folder)
+    assert opened.problems == ()
+    for (name, state), tensor in opened.manifest.by_key().items():
+        assert torch.equal(read_whole(opened.folder, tensor), ORACLE.value(name, state)), (name, state)
+
+
+def test_groups_without_a_rule_in_float32_are_not_guessed(tmp_path: Path) -> None:
+    folder = save_torch(tmp_path, Oracle(layers=2), Run(Layout(distributed_optimizer=False)))
+    rewrite(folder / ITERATION / "mp_rank_00" / MODEL, split_group)
+    assert any("nothing tells which of them are whose" in problem for problem in problems(folder))
 
 
 def test_buffers_of_before_2024_are_refused_with_a_remedy(copy: Path) -> None:
