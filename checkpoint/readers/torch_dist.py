@@ -2,7 +2,7 @@
 
 Weights are whole, by names of the model alone: "decoder.layers.mlp.linear_fc2.weight" has all layers, stacked
 unless every layer has a name of its own. An optimizer stores what it was asked to: `fully_reshardable` whole
-tensors too, `dp_reshardable` flat buckets (see `torch_dist_buckets`).
+tensors too, `dp_reshardable` flat buckets (see `torch_dist_dp_reshardable`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from checkpoint.readers.dcp_chunks import find_damage, locate
 from checkpoint.readers.dcp_metadata import DcpMetadata, read_dcp_metadata
 from checkpoint.readers.megatron_args import facts_of, unreadable
 from checkpoint.readers.megatron_files import Degrees
-from checkpoint.readers.torch_dist_buckets import Buckets, Optimizers, is_bucket, read_buckets
 from checkpoint.readers.torch_dist_damage import CAUSE, find_contradictions
+from checkpoint.readers.torch_dist_dp_reshardable import Buckets, Optimizers, is_bucket, read_buckets
 from checkpoint.readers.torch_dist_files import check_format, find, read_common
 from checkpoint.readers.torch_dist_model import Model
 from checkpoint.readers.torch_dist_shards import Whole

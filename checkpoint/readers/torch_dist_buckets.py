@@ -1,252 +1,206 @@
-"""`dp_reshardable`: masters and moments in the flat buckets of every model-parallel rank's buffers.
+"""`dp_reshardable`: masters and moments as the distributed optimizer has them, in flat buckets without names.
 
-optimizer.distributed.dp_group_idx_{i}.gbuf_idx_{g}.dtype_({weights}, {gradients}).bucket_idx_{b}.{state}
-
-with `chained_{k}.` before it where there are several optimizers. Group i counts tensor ranks, then stages; of
-experts' optimizers expert-tensor ranks, then expert ranks, then stages. There is a buffer for every chunk of
-the model and dtype. Which layers a stage has, buffers' sizes tell, since chunks are runs of layers.
+Tensors are called `optimizer.distributed.dp_group_idx_{i}.gbuf_idx_{g}.dtype_(weights, gradients).
+bucket_idx_{b}.{param, exp_avg, exp_avg_sq}`: i is the model-parallel rank, tensor ranks first, then (of
+experts) expert ranks, then pipeline stages; a buffer g is of one model chunk and dtype. What a rank holds and in
+which order is predicted from the model's tensors, has to have the sizes of the buckets, and is confirmed by
+values: a weight is its rounded master. Gaps between parameters hold uninitialised memory and are not read.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint.manifest import Piece
 from checkpoint.panels import Files
-from checkpoint.readers.megatron_buffers import ALIGNMENT, Doubt, Located, locate
-from checkpoint.readers.megatron_files import Degrees
-from checkpoint.readers.torch_dist_model import Chunk, Model, Place, Slot, orders
-from checkpoint.readers.torch_dist_shards import BufferRun, Shard, ShardRun, Whole, collect
+from checkpoint.readers.megatron_buffers import ALIGNMENT, locate
+from checkpoint.readers.torch_dist_local import Local, Model
+from checkpoint.readers.torch_dist_order import Chunk, Order, Rank, orders, registered
+from checkpoint.readers.torch_dist_runs import Run, Runs, differing, run_of
 
-_KEY = re.compile(
-    r"(?:chained_(?P<chained>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
-    r"gbuf_idx_(?P<buffer>\d+)\.dtype_\((?P<dtype>[^,)]+),[^)]*\)\.bucket_idx_(?P<bucket>\d+)\.(?P<state>\w+)"
-)
 MASTER = "param"
-Pieces = dict[tuple[str, str], list[Piece]]
-"""(stored name, state) -> pieces."""
+_KEY = re.compile(
+    r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)"
+    r"\.dtype_\((?:torch\.)?(\w+), .*\)\.bucket_idx_(\d+)\.(\w+)"
+)
 
 
 class BufferName(NamedTuple):
-    """A buffer: of which optimizer, in which group of data ranks, which of theirs, and its weights' dtype."""
+    """Optimizer, model-parallel rank, number of the buffer, dtype of the weights."""
 
     optimizer: int
     group: int
-    number: int
+    buffer: int
     dtype: str
 
 
-def is_bucket(name: str) -> bool:
-    return _KEY.fullmatch(name) is not None
-
-
 @dataclass
-class Buckets:
-    """The buffers of a checkpoint.
+class Buffer:
+    """The buckets of a buffer, one behind the other.
 
     Attributes:
-        buffers: buffer -> state -> bucket's number -> stored tensor.
+        sizes: of the buckets, without padding at their ends.
+        states: name -> runs of elements.
     """
 
-    buffers: dict[BufferName, dict[str, dict[int, Whole]]] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    chunks: dict[str, list[tuple[int, Piece]]] = field(default_factory=dict)
 
-    @staticmethod
-    def of(tensors: Iterable[Whole]) -> Buckets:
-        found = Buckets()
-        for whole in tensors:
-            match = _KEY.fullmatch(whole.name)
-            if match is None:
-                continue
-            dtype = match["dtype"].removeprefix("torch.")
-            name = BufferName(int(match["chained"] or 0), int(match["group"]), int(match["buffer"]), dtype)
-            states = found.buffers.setdefault(name, {})
-            states.setdefault(match["state"], {})[int(match["bucket"])] = whole
+    def buckets(self) -> list[int]:
+        return [self.sizes[number] for number in sorted(self.sizes)]
+
+    def runs(self, state: str) -> list[Run]:
+        """Of a state; what a rank saved beyond the end of a bucket is padding."""
+        starts, start = {}, 0
+        for number in sorted(self.sizes):
+            starts[number] = start
+            start += self.sizes[number]
+        found = []
+        for number, piece in self.chunks[state]:
+            low, end = piece.box.offset[0], self.sizes[number]
+            if low < end:
+                run = run_of(piece, starts[number] + low)
+                found.append(run.cut(run.start, min(run.end, starts[number] + end)))
         return found
 
-    def run(self, name: BufferName, state: str, files: Files) -> BufferRun:
-        buckets = self.buffers[name][state]
-        return BufferRun(files, [buckets[number] for number in sorted(buckets)])
 
-    def chunks(self, optimizers: Sequence[int], group: int, dtype: str) -> list[BufferName]:
-        """The buffers of one dtype of a group, one a chunk of the model, in their order."""
-        return sorted(
-            name
-            for name in self.buffers
-            if name.optimizer in optimizers and name.group == group and name.dtype == dtype
-        )
-
-    def groups(self, optimizers: Sequence[int]) -> int:
-        """How many groups of data ranks these optimizers have."""
-        return 1 + max((name.group for name in self.buffers if name.optimizer in optimizers), default=-1)
-
-    def dtypes(self, optimizers: Sequence[int]) -> list[str]:
-        """By size, the largest first."""
-        sizes: dict[str, int] = {}
-        for name, states in self.buffers.items():
-            if name.optimizer in optimizers:
-                buckets = next(iter(states.values()))
-                sizes[name.dtype] = sizes.get(name.dtype, 0) + sum(w.shape[0] for w in buckets.values())
-        return sorted(sizes, key=lambda dtype: -sizes[dtype])
+def is_bucket(key: str) -> bool:
+    """Whether this is the name of a bucket."""
+    return _KEY.fullmatch(key) is not None
 
 
-class Optimizers(NamedTuple):
-    """Numbers of the optimizers that have dense parameters, and of those that have the experts alone."""
-
-    dense: Sequence[int]
-    experts: Sequence[int]
-
-
-@dataclass
-class _Reading:
-    buckets: Buckets
-    model: Model
-    degrees: Degrees
-    problems: list[str]
-    files: Files
-    found: Pieces = field(default_factory=dict)
-
-
-def read_buckets(
-    buckets: Buckets, model: Model, degrees: Degrees, *, optimizers: Optimizers, problems: list[str]
-) -> Pieces:
-    """The states of all parameters, as pieces of the tensors that the model stores.
+def find_buffers(
+    tensors: Mapping[str, tuple[tuple[int, ...], Sequence[Piece]]],
+) -> dict[BufferName, Buffer]:
+    """The buffers of all ranks, in order.
 
     Args:
-        problems: takes a line for each buffer that cannot be taken apart, and for values that contradict.
+        tensors: key -> shape and pieces.
     """
-    with Files(Path()) as files:
-        reading = _Reading(buckets, model, degrees, problems, files)
-        try:
-            stages = _stages(reading, optimizers)
-            for group in range(buckets.groups(optimizers.dense)):
-                stage, rank = divmod(group, degrees.tensor)
-                within = (rank, degrees.tensor)
-                place = Place(within, None if optimizers.experts else within)
-                _read_group(reading, optimizers.dense, group, place=place, chunks=stages[stage])
-            for group in range(buckets.groups(optimizers.experts)):
-                rest, rank = divmod(group, degrees.expert_tensor)
-                stage, expert = divmod(rest, degrees.expert)
-                within = (rank, degrees.expert_tensor)
-                place = Place(None, within, (expert, degrees.expert))
-                _read_group(reading, optimizers.experts, group, place=place, chunks=stages[stage])
-        except ValueError as error:
-            problems.append(str(error))
-        return reading.found
+    found: dict[BufferName, Buffer] = {}
+    for key, (shape, pieces) in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match:
+            name = BufferName(int(match[1] or 0), int(match[2]), int(match[3]), match[4])
+            buffer = found.setdefault(name, Buffer())
+            bucket = int(match[5])
+            buffer.sizes[bucket] = shape[0]
+            buffer.chunks.setdefault(match[6], []).extend((bucket, piece) for piece in pieces)
+    return dict(sorted(found.items()))
 
 
-def _stages(reading: _Reading, optimizers: Optimizers) -> list[list[Chunk]]:
-    """Stage -> its chunks, by the sizes of the dense buffers of the first tensor rank."""
-    buckets, tensor = reading.buckets, reading.degrees.tensor
-    dtype = buckets.dtypes(optimizers.dense)[0]
-    groups = buckets.groups(optimizers.dense)
-    if groups % tensor:
-        raise ValueError(
-            f"{groups} groups of data ranks have buckets, which are not those of {tensor} tensor ranks"
-        )
-    held = [buckets.chunks(optimizers.dense, group, dtype) for group in range(0, groups, tensor)]
-    within = (0, tensor)
-    place = Place(within, None if optimizers.experts else within)
-    stages: list[list[Chunk]] = [[] for _ in held]
-    first, last = 0, (max(map(len, held)) - 1, len(held) - 1)
-    for virtual in range(last[0] + 1):
-        for stage, names in enumerate(held):
-            if virtual >= len(names):
-                raise ValueError(
-                    f"stage {stage} has {len(names)} buffers of {dtype}, another has {last[0] + 1}"
-                )
-            chunk = Chunk(range(first, first), (virtual, stage) == (0, 0), (virtual, stage) == last)
-            layers = _count_layers(reading, names[virtual], chunk, place)
-            stages[stage].append(chunk._replace(layers=layers))
-            first = layers.stop
-    return stages
+class Located(NamedTuple):
+    """A parameter and the element of the buffer that it begins at; how many compared ones contradict."""
+
+    parameter: Local
+    start: int
+    differing: int
+    compared: int
 
 
-def _count_layers(reading: _Reading, name: BufferName, chunk: Chunk, place: Place) -> range:
-    """The layers of a chunk from that where the one before ended: as many as fill its buffer.
+def find_parameters(
+    model: Model, rank: Rank, buffer: Buffer, dtype: str, *, likely: Chunk, files: Files
+) -> list[Located]:
+    """The parameters of a buffer; empty where no chunk of the model, in no order, has its sizes and values.
 
-    Alignment takes less than 64 elements for each parameter.
+    Args:
+        dtype: of the weights.
+        likely: the chunk that it should be.
     """
-    first = chunk.layers.start
-    numel = reading.buckets.run(name, MASTER, reading.files).numel
-    for stop in range(first, reading.model.num_layers + 1):
-        slots = _slots(reading, chunk._replace(layers=range(first, stop)), place, name.dtype)
-        least = sum(slot.shard.numel for slot in slots)
-        if least <= numel < least + ALIGNMENT * max(1, len(slots)):
-            return range(first, stop)
-        if least > numel:
-            break
-    raise ValueError(
-        f"{_called(name)}: has {numel} elements, which no number of layers from layer {first} on has; likely "
-        "cause: parameters that are not trained, or files of different saves mixed"
-    )
+    masters = Runs(files, buffer.runs(MASTER), sum(buffer.buckets()))
+    best: list[Located] = []
+    for chunk in _chunks(model, rank, likely, masters.numel, dtype):
+        for order in orders(model):
+            parameters = _of(model, rank, chunk, order, dtype)
+            starts = _walk([each.numel for each in reversed(parameters)], buffer.buckets())
+            if starts is None:
+                continue
+            found = _confirm(parameters[::-1], starts, masters, files)
+            if found and (not best or _contradicting(found) < _contradicting(best)):
+                best = found
+            if found and not _contradicting(found):
+                return found
+    return best or _with_gaps(_of(model, rank, likely, next(orders(model)), dtype), masters, buffer, files)
 
 
-def _slots(reading: _Reading, chunk: Chunk, place: Place, dtype: str) -> list[Slot]:
-    return [slot for slot in reading.model.slots(chunk, place) if slot.shard.dtype == dtype]
+def _of(model: Model, rank: Rank, chunk: Chunk, order: Order, dtype: str) -> list[Local]:
+    return [each for each in registered(model, rank, chunk, order) if each.dtype == dtype]
 
 
-def _read_group(
-    reading: _Reading, optimizers: Sequence[int], group: int, *, place: Place, chunks: Sequence[Chunk]
-) -> None:
-    """All buffers of one model-parallel rank."""
-    for dtype in reading.buckets.dtypes(optimizers):
-        names = reading.buckets.chunks(optimizers, group, dtype)
-        held = [slots for chunk in chunks if (slots := _slots(reading, chunk, place, dtype))]
-        if len(names) != len(held):
-            raise ValueError(
-                f"group {group} of data ranks has {len(names)} buffers of {dtype}, expected {len(held)}, one "
-                "for each chunk of the model"
-            )
-        for name, slots in zip(names, held, strict=True):
-            _read_buffer(reading, name, slots)
+def _contradicting(found: Sequence[Located]) -> int:
+    return sum(each.differing for each in found)
 
 
-def _read_buffer(reading: _Reading, name: BufferName, slots: Sequence[Slot]) -> None:
-    masters = reading.buckets.run(name, MASTER, reading.files)
-    shards, located = _locate(reading, masters, slots)
-    called = _called(name)
-    if not located.starts:
-        where = f" (the first {located.reached} elements fit)" if located.reached else ""
-        reading.problems.append(
-            f"{called}: no order of the {len(slots)} parameters of its rank has these masters{where}; "
-            "likely cause: files of different saves mixed, or a file that was changed"
-        )
-        return
-    reading.problems += [_doubt(called, shards[doubt.parameter], doubt) for doubt in located.doubts]
-    for state in reading.buckets.buffers[name]:
-        run = reading.buckets.run(name, state, reading.files)
-        for number, start in located.starts.items():
-            if not shards[number].is_copy:
-                word = "master" if state == MASTER else state
-                collect(reading.found, word, shards[number], start=start, run=run)
+def _chunks(model: Model, rank: Rank, likely: Chunk, numel: int, dtype: str) -> Iterator[Chunk]:
+    """Every chunk that could have as many elements, alignment included; the likely one first."""
+    yield likely
+    order = next(orders(model))
+    layers = [_measure(_of(model, rank, Chunk(layer, 1, False, False), order, dtype))
+              for layer in range(model.num_layers)]
+    for begins, ends in itertools.product((False, True), repeat=2):
+        around = _measure(_of(model, rank, Chunk(0, 0, begins, ends), order, dtype))
+        for first in range(1 if begins else model.num_layers + 1):
+            elements, parameters = around
+            for count in range(model.num_layers - first + 1):
+                if count:
+                    elements += layers[first + count - 1][0]
+                    parameters += layers[first + count - 1][1]
+                chunk = Chunk(first, count, begins, ends)
+                if chunk != likely and 0 <= numel - elements < ALIGNMENT * parameters:
+                    yield chunk
 
 
-def _locate(reading: _Reading, masters: BufferRun, slots: Sequence[Slot]) -> tuple[list[Shard], Located]:
-    """The order that fits exactly; else one that fits nearly; else none."""
-    best: tuple[list[Shard], Located] | None = None
-    for shards in orders(slots, list(reading.model.weights)):
-        runs = [ShardRun(reading.files, shard) for shard in shards]
-        located = locate(runs, masters, masters.starts)
-        if located.starts and not located.doubts:
-            return shards, located
-        if best is None or (bool(located.starts), located.reached) > (bool(best[1].starts), best[1].reached):
-            best = shards, located
-    assert best is not None
-    return best
+def _measure(parameters: Sequence[Local]) -> tuple[int, int]:
+    """Their elements, and how many they are."""
+    return sum(each.numel for each in parameters), len(parameters)
 
 
-def _called(name: BufferName) -> str:
-    optimizer = f"optimizer {name.optimizer}, " if name.optimizer else ""
-    return f"{optimizer}group {name.group} of data ranks, buffer {name.number} ({name.dtype})"
+def _walk(numels: Sequence[int], buckets: Sequence[int]) -> list[int] | None:
+    """Where parameters begin that fill the buckets exactly; None where they do not."""
+    starts: list[int] = []
+    base, position, left = 0, 0, list(buckets)
+    for numel in numels:
+        start = position + -position % ALIGNMENT
+        if left and start + numel > left[0]:
+            if not 0 <= left[0] - position < ALIGNMENT:
+                return None
+            base += left.pop(0)
+            start = 0
+        if not left or start + numel > left[0]:
+            return None
+        starts.append(base + start)
+        position = start + numel
+    filled = len(left) == 1 and 0 <= left[0] - position < ALIGNMENT
+    return starts if filled else None
 
 
-def _doubt(called: str, shard: Shard, doubt: Doubt) -> str:
-    return (
-        f"{shard.name}: {doubt.differing} of {doubt.compared} compared elements are not the rounded master "
-        f"({called}, from element {doubt.start} on); likely cause: files of different saves "
-        "mixed, or a file that was changed"
-    )
+def _confirm(
+    parameters: Sequence[Local], starts: Sequence[int], masters: Runs, files: Files
+) -> list[Located]:
+    """Empty if some parameter is another one's values in most of its elements."""
+    found = []
+    for parameter, start in zip(parameters, starts, strict=True):
+        wrong, compared = differing(parameter.weight(files), masters, start)
+        if 2 * wrong > compared:
+            return []
+        found.append(Located(parameter, start, wrong, compared))
+    return found
+
+
+def _with_gaps(
+    parameters: Sequence[Local], masters: Runs, buffer: Buffer, files: Files
+) -> list[Located]:
+    """The same with parameters missing, which are frozen."""
+    bounds = [0]
+    for size in buffer.buckets()[:-1]:
+        bounds.append(bounds[-1] + size)
+    weights = [each.weight(files) for each in parameters]
+    found = locate(weights, masters, bounds)
+    return [
+        Located(parameters[number], start, *differing(weights[number], masters, start))
+        for number, start in found.starts.items()
+    ]
