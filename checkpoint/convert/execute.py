@@ -19,10 +19,11 @@ from checkpoint.boxes import Box
 from checkpoint.convert.gather import Gatherer, Tensors, empty_panel
 from checkpoint.convert.journal import Journal
 from checkpoint.convert.output import OutputFile, Region, WritePlan
-from checkpoint.manifest import ITEM_SIZES
 from checkpoint.panels import Files, cut
 
 PANEL_BYTES = 1 << 22  # 1 to 8 MiB are as fast as each other, and as the kernel's own copying
+POOL_BYTES = 1 << 24  # for the panels of all threads
+COPIES = 6  # of a panel at most: read, widened, summed, rounded
 WORKERS = min(4, os.cpu_count() or 1)
 
 Progress = Callable[[int, int], None]
@@ -67,7 +68,8 @@ def execute(
     """
     run = _Run(plan, target, tensors, journal, progress)
     with ThreadPoolExecutor(workers) as pool:
-        threads = [pool.submit(run.work, source) for _ in range(workers)]
+        buffers = [np.empty(panel_bytes(workers), np.uint8) for _ in range(workers)]
+        threads = [pool.submit(run.work, source, buffer) for buffer in buffers]
         try:
             done, _ = wait(threads, return_when=FIRST_EXCEPTION)
             for thread in done:
@@ -77,6 +79,16 @@ def execute(
             pool.shutdown()
             run.close()
     return run.written
+
+
+def panel_bytes(workers: int) -> int:
+    """Of each thread's buffer."""
+    return min(PANEL_BYTES, POOL_BYTES // workers)
+
+
+def peak_bytes(workers: int) -> int:
+    """Anonymous memory that `execute` takes at most, whatever the size of the checkpoint."""
+    return COPIES * workers * panel_bytes(workers)
 
 
 class _Run:
@@ -102,9 +114,8 @@ class _Run:
             self.written.kept += 1
             self._done += file.num_bytes
 
-    def work(self, source: Path) -> None:
+    def work(self, source: Path, buffer: Bits) -> None:
         """What each thread does: one region after the other, with its own open files and its own buffer."""
-        buffer = np.empty(PANEL_BYTES, np.uint8)
         with Files(source) as files:
             while not self.stopped.is_set() and (task := self._take()) is not None:
                 under_way, region = task
@@ -135,7 +146,7 @@ class _Run:
         gatherer = Gatherer(region, self._tensors, files)
         digest, crc, at = xxhash.xxh3_64(), 0, region.start
         whole = Box((0,) * len(region.shape), region.shape)
-        for panel in cut(whole, PANEL_BYTES // ITEM_SIZES[region.dtype]):
+        for panel in cut(whole, len(buffer) // gatherer.widest):
             if self.stopped.is_set():
                 return False
             bits = empty_panel(panel, region.dtype, buffer)

@@ -20,13 +20,18 @@ Tensors = Mapping[tuple[str, str], LogicalTensor]
 
 
 class Gatherer:
-    """Fills panels of one region. For one thread."""
+    """Fills panels of one region. For one thread.
+
+    Attributes:
+        widest: bytes that an element takes at most while it is read, averaged and rounded.
+    """
 
     def __init__(self, region: Region, tensors: Tensors, files: Files) -> None:
         self._region = region
         self._tensors = tensors
         self._files = files
         self._readers: dict[str, BoxReader] = {}
+        self.widest = max([ITEM_SIZES[region.dtype], *(self._width(part) for part in region.parts)])
         held = sum(part.box.numel for part in region.parts)
         self._is_covered = held == int(np.prod(region.shape, dtype=np.int64))
 
@@ -52,6 +57,11 @@ class Gatherer:
             if not self._copied_in_place(tensor, part, logical, panel, into):
                 self._gathered(tensor, part, logical, _view(into, places))
         return needed
+
+    def _width(self, part: Part) -> int:
+        tensor = self._tensors[part.name, self._region.state]
+        is_copied = tensor.dtype == self._region.dtype and not tensor.average
+        return max(ITEM_SIZES[tensor.dtype], 1 if is_copied else ITEM_SIZES["float32"])
 
     def _copied_in_place(
         self, tensor: LogicalTensor, part: Part, logical: Box, panel: Box, into: Bits

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from checkpoint.convert.execute import PANEL_BYTES, WORKERS, Progress, Written, execute
+from checkpoint.convert.execute import WORKERS, Progress, Written, execute, peak_bytes
 from checkpoint.convert.files import changed, stamps
 from checkpoint.convert.journal import JOURNAL, Journal, plan_key, region_extents
 from checkpoint.convert.output import WritePlan
@@ -33,8 +33,6 @@ FORMATS = {
     "ranks": "Ratoon's own, a file for each model-parallel rank of a layout",
 }
 """Targets: module of `checkpoint.writers` -> what it is."""
-SPARE_BYTES = 1 << 28
-"""Memory that a conversion takes at most, besides the interpreter and the list of tensors."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Conversion:
     Attributes:
         bytes_read: of the source that are needed.
         bytes_written: large files; small ones come on top.
-        peak_bytes: of buffers.
+        peak_bytes: of anonymous memory, besides the interpreter's and the list of tensors.
     """
 
     opened: Opened
@@ -101,7 +99,7 @@ def prepare(
         raise ValueError(f"{opened.folder} is damaged, hence not converted:\n  {listed}")
     opened = _with_states(opened, options.states)
     plan: WritePlan = importlib.import_module(f"checkpoint.writers.{to}").plan(opened, options)
-    return Conversion(opened, plan, _needed(opened, plan), plan.num_bytes, 2 * workers * PANEL_BYTES)
+    return Conversion(opened, plan, _needed(opened, plan), plan.num_bytes, peak_bytes(workers))
 
 
 def convert(

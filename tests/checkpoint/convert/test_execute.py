@@ -66,6 +66,29 @@ def test_a_transposed_tensor(tmp_path: Path) -> None:
     assert torch.equal(fill(tmp_path, region, torch.float32, tensor), whole.T)
 
 
+def wide(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, LogicalTensor, Part]:
+    """A matrix of long rows, and a few of its columns, transposed: short runs, far apart."""
+    whole = draw(64, 2000, dtype=dtype)
+    part = Part("w", (64, 2000), Box((0, 700), (64, 9)), (0, 0), (1, 0), (1, 1))
+    return whole[:, 700:709].T, write_columns(folder, "w", whole, [705]), part
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_runs_that_lie_far_apart(tmp_path: Path, dtype: torch.dtype) -> None:
+    wanted, tensor, part = wide(tmp_path, dtype)
+    region = Region("w", 0, tensor.dtype, (9, 64), "weight", (part,))
+    assert torch.equal(fill(tmp_path, region, dtype, tensor), wanted)
+
+
+def test_a_file_that_ends_before_its_short_runs_is_named(tmp_path: Path) -> None:
+    _, tensor, part = wide(tmp_path, torch.float32)
+    file = tmp_path / "w-1.bin"
+    file.write_bytes(file.read_bytes()[:-8000])
+    region = Region("w", 0, "float32", (9, 64), "weight", (part,))
+    with pytest.raises(OSError, match="ends at byte"):
+        run(tmp_path, [one_region(region)], tensor)
+
+
 def test_two_tensors_interleaved_row_by_row(tmp_path: Path) -> None:
     one, other = draw(ROWS, COLUMNS), draw(ROWS, COLUMNS, seed=1)
     box = Box((0, 0), (ROWS, COLUMNS))

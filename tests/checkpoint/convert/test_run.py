@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.convert.execute import execute
+from checkpoint.convert.execute import execute, peak_bytes
 from checkpoint.convert.journal import JOURNAL
 from checkpoint.convert.run import Conversion, convert, prepare
 from checkpoint.diff import diff_checkpoints
@@ -239,6 +239,11 @@ def test_what_the_disk_gives_back_otherwise_is_refused_and_written_anew(
             convert(conversion, tmp_path / "out")
     assert convert(conversion, tmp_path / "out").resumed == len(conversion.plan.files) - 1
     assert is_same(source, tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_the_threads() -> None:
+    assert peak_bytes(4) <= 128e6
+    assert peak_bytes(64) <= peak_bytes(4)
 
 
 SLOW = """
