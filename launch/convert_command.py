@@ -119,10 +119,9 @@ def run_conversion(source: Path, target: Path, to: str, options: WriteOptions, m
 
 
 def _show_plan(console: Console, conversion: Conversion, target: Path, *, as_json: bool) -> None:
-    from checkpoint.convert.estimate import measure_speed
+    from checkpoint.convert.estimate import estimate_seconds
 
     opened, plan = conversion.opened, conversion.plan
-    speed = measure_speed(target.parent)
     facts = {
         "source": f"{opened.format}: {opened.folder}",
         "target": f"{plan.format}: {target}",
@@ -130,7 +129,7 @@ def _show_plan(console: Console, conversion: Conversion, target: Path, *, as_jso
         "bytes_read": conversion.bytes_read,
         "bytes_written": conversion.bytes_written,
         "peak_memory": conversion.peak_bytes,
-        "seconds": round(conversion.bytes_written / speed, 1),
+        "seconds": round(estimate_seconds(conversion, target), 1),
         "lost": plan.lost,
         "notes": [*opened.notes, *plan.notes],
         "left_out": list(opened.left_out),

@@ -21,6 +21,15 @@ from checkpoint.writers.universal import tensor_dtype
 
 WEIGHT, MASTER = "weight", "master"
 _HEAD = "lm_head.weight"
+_COMPUTED = (
+    "rms_norm_eps",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+)
+"""Keys of config.json that no shape gives away."""
 
 
 def plan(opened: Opened, options: WriteOptions) -> WritePlan:
@@ -37,7 +46,7 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
     dtype = options.dtype or Counter(tensor_dtype(tensors[key]) for key in held.items()).most_common(1)[0][0]
     config = _config(opened, written.carried, dtype)
     shapes = {name: tensors[name, state].shape for name, state in held.items()}
-    _refuse_contradiction(config, shapes)
+    _refuse_contradiction(config, shapes, opened.manifest.state.get("model"))
     spec = load_spec(options.spec or _naming(config))
     facts = {**opened.manifest.state.get("facts", {}), **_facts(config), **options.facts}
     wholes = []
@@ -92,8 +101,14 @@ def _facts(config: Mapping[str, Any]) -> dict[str, int]:
     return facts_of(config)
 
 
-def _refuse_contradiction(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A config.json of another model would load with random weights, or not at all."""
+def _refuse_contradiction(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Any] | None
+) -> None:
+    """A config.json of another model would load with random weights, compute something else, or not load.
+
+    Args:
+        model: what a checkpoint of Ratoon's own says of it.
+    """
     facts, problems = _facts(config), []
     rows, columns = shapes["model.embed_tokens.weight"]
     layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
@@ -104,8 +119,23 @@ def _refuse_contradiction(config: Mapping[str, Any], shapes: Mapping[str, tuple[
     if "tie_word_embeddings" in facts and tied == (_HEAD in shapes):
         has = "has" if _HEAD in shapes else "lacks"
         problems.append(f"tie_word_embeddings is {tied} in config.json and the checkpoint {has} {_HEAD}")
+    problems += _otherwise_computed(config, model) if model is not None else []
     if problems:
         raise ValueError("config.json is not of this model:\n  " + "\n  ".join(problems))
+
+
+def _otherwise_computed(config: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    own = config_of(model, dtype="float32")
+    pairs = {key: (config[key], own[key]) for key in _COMPUTED if config.get(key) is not None and key in own}
+    ropes = [{**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})} for c in (config, own)]
+    pairs["rope_theta"] = (ropes[0].get("rope_theta", config.get("rope_theta")), own["rope_theta"])
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
+    pairs["rope_type"] = (kinds[0], kinds[1])
+    return [
+        f"{key} is {there} in config.json and {here} in the checkpoint"
+        for key, (there, here) in pairs.items()
+        if there != here
+    ]
 
 
 def _lost(opened: Opened, held: set[tuple[str, str]]) -> list[str]:

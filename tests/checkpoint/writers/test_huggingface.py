@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 import transformers
 
 from checkpoint.convert.run import convert, prepare
+from checkpoint.folder import read_manifest
 from checkpoint.writers.huggingface_config import config_of
 from checkpoint.writers.options import WriteOptions
+from tests.checkpoint.models import rewrite
 from tests.families.cases import FAMILIES, build_model
 from trainer.model.config import ModelConfig
 
@@ -82,3 +85,34 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
     assert "vocab_size is 68 in config.json and 67 in the checkpoint" in str(error.value)
     assert "num_layers is 5 in config.json and 4 in the checkpoint" in str(error.value)
     assert "tie_word_embeddings is True" in str(error.value)
+
+
+def test_a_config_that_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    folder = convert_model(build_model(FAMILIES["llama"]), tmp_path)
+    ours = ModelConfig(hf=str(folder)).resolve(0).model_dump(mode="json")
+    _own_model(tmp_path / "universal", ours)
+    file = folder / "config.json"
+    raw = json.loads(file.read_text())
+    theta = {"rope_theta": 5e5}
+    rope = {"rope_parameters": raw["rope_parameters"] | theta} if "rope_parameters" in raw else theta
+    file.write_text(json.dumps(raw | rope | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match="not of this model") as error:
+        prepare(tmp_path / "universal", "huggingface", WriteOptions(carry=folder))
+    assert "rms_norm_eps is 0.5 in config.json" in str(error.value)
+    assert "rope_theta is 500000.0 in config.json" in str(error.value)
+
+
+def test_a_config_of_the_same_model_goes_along(tmp_path: Path) -> None:
+    folder = convert_model(build_model(FAMILIES["llama"]), tmp_path)
+    _own_model(tmp_path / "universal", ModelConfig(hf=str(folder)).resolve(0).model_dump(mode="json"))
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 7}))
+    conversion = prepare(tmp_path / "universal", "huggingface", WriteOptions(carry=folder))
+    convert(conversion, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == 7
+
+
+def _own_model(folder: Path, model: dict[str, Any]) -> None:
+    """Let a checkpoint say how its model computes, as those of Ratoon's own runs do."""
+    _, manifest = read_manifest(folder)
+    rewrite(folder, replace(manifest, state={**manifest.state, "model": model}))
