@@ -1,0 +1,107 @@
+"""What a checkpoint of the known model must hold: compared bit for bit, by name and state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from checkpoint.load import load
+from checkpoint.opening import Opened
+from checkpoint.whole import read_whole
+from parallel.slices import TensorSlice
+
+STATES = ("weight", "master", "exp_avg", "exp_avg_sq")
+_LISTED = 3
+
+
+def faults(opened: Opened, oracle: Any, settings: dict[str, Any]) -> list[str]:
+    """What is not as it must be, a line for each kind.
+
+    Args:
+        oracle: an open safetensors file of "NAME@STATE".
+        settings: of the optimizer: lr, betas, eps, weight_decay, step.
+    """
+    tensors = opened.manifest.by_key()
+    names = {key.partition("@")[0] for key in oracle.keys()}  # not a dict
+    held = {state for _, state in tensors}
+    found = []
+    if missing := sorted(names - {name for name, _ in tensors}):
+        found.append(f"{len(missing)} parameters are missing, such as {missing[0]}")
+    wrong = [
+        f"{name} ({state})"
+        for (name, state), tensor in tensors.items()
+        if not _same(read_whole(opened.folder, tensor), oracle, name, state)
+    ]
+    if wrong:
+        found.append(f"{len(wrong)} tensors differ: {', '.join(wrong[:_LISTED])}")
+    for state in sorted(held & set(STATES)):
+        count = sum((name, state) in tensors for name in names)
+        if count != len(names):
+            found.append(f"{state} of {count} of {len(names)} parameters")
+    if {"exp_avg", "exp_avg_sq"} <= held:
+        found += _settings_faults(opened, names, oracle, settings)
+    return found
+
+
+def direct_load_faults(opened: Opened, oracle: Any) -> list[str]:
+    """Load what each of two tensor ranks would hold, rows or columns, and compare."""
+    found: list[str] = []
+    for rank in range(2):
+        slices = [_half(tensor, rank) for tensor in opened.manifest.tensors]
+        load(opened, slices, rank=0)
+        wrong = [s for s in slices if not _same_part(s, oracle)]
+        if wrong:
+            found.append(
+                f"{len(wrong)} boxes of rank {rank} differ, such as {wrong[0].name} ({wrong[0].state})"
+            )
+    return found
+
+
+def _half(tensor: Any, rank: int) -> TensorSlice:
+    axis = len(tensor.shape) - 1 if tensor.name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+    middle = (tensor.shape[axis] + 1) // 2
+    start, size = (0, middle) if rank == 0 else (middle, tensor.shape[axis] - middle)
+    offset = tuple(start if a == axis else 0 for a in range(len(tensor.shape)))
+    extent = tuple(size if a == axis else s for a, s in enumerate(tensor.shape))
+    data = torch.empty(extent, dtype=getattr(torch, tensor.dtype)).view(-1)
+    return TensorSlice(tensor.name, tensor.state, tensor.shape, offset, extent, data, (0,))
+
+
+def _same_part(piece: TensorSlice, oracle: Any) -> bool:
+    box = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.size, strict=True))
+    expected = _expected(oracle, piece.name, piece.state, piece.data.dtype)
+    return expected is not None and torch.equal(piece.data.view(piece.size), expected[box])
+
+
+def _same(actual: torch.Tensor, oracle: Any, name: str, state: str) -> bool:
+    expected = _expected(oracle, name, state, actual.dtype)
+    return expected is not None and actual.shape == expected.shape and torch.equal(actual, expected)
+
+
+def _expected(oracle: Any, name: str, state: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """An fp32 weight is the master of a bf16 model."""
+    if state not in STATES:
+        return None
+    stored = "master" if state == "weight" and dtype == torch.float32 else state
+    value: torch.Tensor = oracle.get_tensor(f"{name}@{stored}")
+    return value if value.dtype == dtype else None
+
+
+def _settings_faults(opened: Opened, names: set[str], oracle: Any, settings: dict[str, Any]) -> Iterator[str]:
+    state = opened.manifest.state
+    updates = state.get("scalars", {}).get("updates")
+    if updates != settings["step"]:
+        yield f"Adam's count is {updates}, not {settings['step']}"
+    by_name = {name: group for group in state.get("groups", ()) for name in group["names"]}
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        wrong = []
+        for name in sorted(names):
+            matrix = len(oracle.get_slice(f"{name}@weight").get_shape()) > 1
+            expected = settings[key] if key != "weight_decay" or matrix else 0.0
+            value = by_name.get(name, {}).get(key)
+            if (list(value) if isinstance(value, tuple) else value) != expected:
+                wrong.append(f"{name}: {value}")
+        if wrong:
+            yield f"{key} of {len(wrong)} parameters is not {settings[key]}, such as {wrong[0]}"
