@@ -1,9 +1,9 @@
 """Every checkpoint format becomes every other: `python -m tools.convert_matrix`.
 
 Genuine checkpoints of one model whose every number is known are made by their own trainers (`python -m
-tests.foreign`), loaded as the ranks of TP2 would hold them, converted to every target, opened again and compared bit
-for bit: weights, masters, moments, Adam's count, and the settings of the parameter groups. Exit code 1 when a cell is
-wrong.
+tests.foreign`), loaded as two tensor ranks would hold them, converted to every target, opened again and
+compared bit for bit: weights, masters, moments, Adam's count, and the settings of the parameter groups. Exit
+code 1 when a cell is wrong.
 """
 
 from __future__ import annotations
@@ -74,14 +74,8 @@ def main() -> None:
 
 def make_sources(folder: Path, only: list[str]) -> Path:
     """Let the trainers write their checkpoints; tests are no module that tools import."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.foreign",
-        "--out",
-        str(folder),
-        *(["--only", *only] if only else []),
-    ]
+    command = [sys.executable, "-m", "tests.foreign", "--out", str(folder)]
+    command += ["--only", *only] if only else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -120,7 +114,8 @@ def try_target(opened: Opened, to: str, target: Path, entry: dict[str, Any], kno
         again = open_checkpoint(target, facts=entry["facts"])
     except ValueError as error:
         return Cell(WRONG, (str(error),))
-    found = faults(again, *known) + _silently_lost(opened, again, lost)
+    with_master = "master" in {tensor.state for tensor in opened.manifest.tensors}
+    found = faults(again, *known, with_master=with_master) + _silently_lost(opened, again, lost)
     if found:
         return Cell(WRONG, tuple(found))
     return Cell(LOST, tuple(lost)) if lost else Cell(EQUAL)
@@ -152,10 +147,8 @@ def show(rows: list[Row], *, markdown: bool, as_json: bool) -> None:
     else:
         table = Table(*heads, box=None, header_style="bold", padding=(0, 1, 0, 0))
         for row, line in zip(rows, lines, strict=True):
-            styled = [
-                f"[{_STYLES[row.cells[to].verdict]}]{text}[/]"
-                for to, text in zip(columns, line[1:], strict=True)
-            ]
+            styles = [_STYLES[row.cells[to].verdict] for to in columns]
+            styled = [f"[{style}]{text}[/]" for style, text in zip(styles, line[1:], strict=True)]
             table.add_row(line[0], *styled)
         console.print(table)
     console.print("\n= bit-equal, with the notes' losses; - unsupported; ! wrong", markup=False)

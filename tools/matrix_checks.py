@@ -16,12 +16,13 @@ STATES = ("weight", "master", "exp_avg", "exp_avg_sq")
 _LISTED = 3
 
 
-def faults(opened: Opened, oracle: Any, settings: dict[str, Any]) -> list[str]:
+def faults(opened: Opened, oracle: Any, settings: dict[str, Any], *, with_master: bool = True) -> list[str]:
     """What is not as it must be, a line for each kind.
 
     Args:
         oracle: an open safetensors file of "NAME@STATE".
         settings: of the optimizer: lr, betas, eps, weight_decay, step.
+        with_master: whether the source had masters; without, a format that wants some gets the weights.
     """
     tensors = opened.manifest.by_key()
     names = {key.partition("@")[0] for key in oracle.keys()}  # not a dict
@@ -32,7 +33,7 @@ def faults(opened: Opened, oracle: Any, settings: dict[str, Any]) -> list[str]:
     wrong = [
         f"{name} ({state})"
         for (name, state), tensor in tensors.items()
-        if not _same(read_whole(opened.folder, tensor), oracle, name, state)
+        if not _same(read_whole(opened.folder, tensor), oracle, name, state, with_master=with_master)
     ]
     if wrong:
         found.append(f"{len(wrong)} tensors differ: {', '.join(wrong[:_LISTED])}")
@@ -53,9 +54,8 @@ def direct_load_faults(opened: Opened, oracle: Any) -> list[str]:
         load(opened, slices, rank=0)
         wrong = [s for s in slices if not _same_part(s, oracle)]
         if wrong:
-            found.append(
-                f"{len(wrong)} boxes of rank {rank} differ, such as {wrong[0].name} ({wrong[0].state})"
-            )
+            name = f"{wrong[0].name} ({wrong[0].state})"
+            found.append(f"{len(wrong)} boxes of rank {rank} differ, such as {name}")
     return found
 
 
@@ -75,8 +75,12 @@ def _same_part(piece: TensorSlice, oracle: Any) -> bool:
     return expected is not None and torch.equal(piece.data.view(piece.size), expected[box])
 
 
-def _same(actual: torch.Tensor, oracle: Any, name: str, state: str) -> bool:
-    expected = _expected(oracle, name, state, actual.dtype)
+def _same(actual: torch.Tensor, oracle: Any, name: str, state: str, *, with_master: bool) -> bool:
+    if state == "master" and not with_master:
+        expected = _expected(oracle, name, "weight", torch.bfloat16)
+        expected = None if expected is None else expected.float()
+    else:
+        expected = _expected(oracle, name, state, actual.dtype)
     return expected is not None and actual.shape == expected.shape and torch.equal(actual, expected)
 
 
