@@ -18,7 +18,7 @@ from checkpoint.readers.dcp_chunks import find_damage, locate
 from checkpoint.readers.dcp_metadata import DcpMetadata, read_dcp_metadata
 from checkpoint.readers.megatron_args import facts_of, unreadable
 from checkpoint.readers.megatron_files import Degrees
-from checkpoint.readers.torch_dist_damage import CAUSE, find_contradictions
+from checkpoint.readers.torch_dist_damage import CAUSE, Repair, repair
 from checkpoint.readers.torch_dist_dp_reshardable import Buckets, Optimizers, is_bucket, read_buckets
 from checkpoint.readers.torch_dist_files import check_format, find, read_common
 from checkpoint.readers.torch_dist_model import Model
@@ -29,6 +29,8 @@ from checkpoint.source import Source, SourceTensor
 SPEC = "megatron-core-gpt-dist"
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)")
 _MASTERS = ("param", "fp32_param")
+_SHIFTING = "optimizer.state.param."
+"""How keys of masters begin in the format that megatron-core may have damaged."""
 _WRAPPER = "module."
 """What NeMo has before every parameter's name."""
 
@@ -79,13 +81,17 @@ def read(path: Path) -> Source:
     optimizers = read_optimizers(common, objects)
     degrees = _degrees(args, model)
     source.tensors = [SourceTensor(w.name, "weight", w.shape, w.pieces) for w in model.weights.values()]
-    _read_states(metadata, pieces, keys, model=model, source=source)
+    numbers = Optimizers(
+        [n for n, optimizer in optimizers.items() if not optimizer.of_experts],
+        [n for n, optimizer in optimizers.items() if optimizer.of_experts],
+    )
+    wholes = {
+        stored: (state, _whole(metadata, pieces, stored, name))
+        for stored, (name, state) in keys.states.items()
+    }
+    _read_states(source, wholes, model, args, apart=bool(numbers.experts))
     if keys.buckets and not source.problems:
         buckets = Buckets.of(_whole(metadata, pieces, stored, stored) for stored in keys.buckets)
-        numbers = Optimizers(
-            [n for n, optimizer in optimizers.items() if not optimizer.of_experts],
-            [n for n, optimizer in optimizers.items() if optimizer.of_experts],
-        )
         found = read_buckets(buckets, model, degrees, optimizers=numbers, problems=source.problems)
         for (name, state), held in found.items():
             source.tensors.append(SourceTensor(name, state, model.weights[name].shape, tuple(held)))
@@ -117,24 +123,35 @@ def _whole(metadata: DcpMetadata, pieces: Mapping[str, tuple[Piece, ...]], store
 
 
 def _read_states(
-    metadata: DcpMetadata,
-    pieces: Mapping[str, tuple[Piece, ...]],
-    keys: _Keys,
-    *,
-    model: Model,
     source: Source,
+    wholes: Mapping[str, tuple[str, Whole]],
+    model: Model,
+    args: Mapping[str, Any],
+    *,
+    apart: bool,
 ) -> None:
-    masters = {}
-    for stored, (name, state) in keys.states.items():
-        source.tensors.append(SourceTensor(name, state, metadata.tensors[stored].shape, pieces[stored]))
-        if state == "master":
-            masters[name] = _whole(metadata, pieces, stored, name)
-    if source.problems:
-        return
-    for name, boxes in find_contradictions(model.weights, masters).items():
-        source.problems.append(
-            f"{name}: {len(boxes)} of {len(masters[name].pieces)} chunks of the master, rounded, are not the "
-            f"weight; likely cause: {CAUSE}"
+    """States that were stored whole.
+
+    Args:
+        wholes: stored name -> state, and the tensor under the parameter's name.
+        apart: whether experts have an optimizer of their own.
+    """
+    states: dict[str, dict[str, Whole]] = {}
+    for state, whole in wholes.values():
+        states.setdefault(state, {})[whole.name] = whole
+    done = Repair()
+    if not source.problems:
+        shifts = any(stored.startswith(_SHIFTING) for stored in wholes)
+        done = repair(model, states, args, experts_apart=apart, shifts=shifts)
+    for state, held in states.items():
+        for name, whole in held.items():
+            pieces = tuple(done.pieces.get((name, state), whole.pieces))
+            source.tensors.append(SourceTensor(name, state, whole.shape, pieces))
+    source.problems += done.problems
+    if done.repaired:
+        source.notes.append(
+            f"damage repaired: {CAUSE}; found in what was saved as other parameters: "
+            + ", ".join(f"{name} ({count} parts)" for name, count in done.repaired.items())
         )
 
 

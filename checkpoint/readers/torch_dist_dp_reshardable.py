@@ -222,7 +222,9 @@ def _read_buffer(reading: _Reading, name: BufferName, slots: Sequence[Slot]) -> 
         for number, start in located.starts.items():
             if not shards[number].is_copy:
                 word = "master" if state == MASTER else state
-                collect(reading.found, word, shards[number], start=start, run=run)
+                shard = shards[number]
+                runs = run.between(start, start + shard.numel)
+                collect(reading.found, word, shard, start=start, runs=runs)
 
 
 def _locate(reading: _Reading, masters: BufferRun, slots: Sequence[Slot]) -> tuple[list[Shard], Located]:

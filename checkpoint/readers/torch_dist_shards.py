@@ -7,7 +7,7 @@ box, or two where gate and up are one parameter of each rank (megatron-core, `ap
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -225,10 +225,21 @@ def part_of(piece: Piece, skipped: int, box: Box) -> Piece:
 
 
 def collect(
-    into: dict[tuple[str, str], list[Piece]], state: str, shard: Shard, *, start: int, run: BufferRun
+    into: dict[tuple[str, str], list[Piece]],
+    state: str,
+    shard: Shard,
+    *,
+    start: int,
+    runs: Iterable[tuple[int, Piece]],
 ) -> None:
-    """Take a shard's state, which lies in a buffer from element `start` on, as pieces of stored tensors."""
-    for at, piece in run.between(start, start + shard.numel):
+    """Take a shard's state as pieces of stored tensors.
+
+    Args:
+        into: takes them: (stored name, state) -> pieces.
+        start: element of a flat buffer where the shard begins.
+        runs: (first element, bytes) of that buffer, inside of the shard.
+    """
+    for at, piece in runs:
         low = at - start
-        for region in shard.between(low, low + piece.box.size[0]):
+        for region in shard.between(low, low + piece.box.numel):
             into.setdefault((region.name, state), []).append(part_of(piece, region.first - low, region.box))
