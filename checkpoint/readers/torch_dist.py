@@ -19,11 +19,12 @@ from checkpoint.readers.dcp_metadata import DcpMetadata, read_dcp_metadata
 from checkpoint.readers.megatron_args import facts_of, unreadable
 from checkpoint.readers.megatron_files import Degrees
 from checkpoint.readers.torch_dist_damage import CAUSE, Repair, repair
-from checkpoint.readers.torch_dist_dp_reshardable import Buckets, Optimizers, is_bucket, read_buckets
-from checkpoint.readers.torch_dist_files import check_format, find, read_common
+from checkpoint.readers.torch_dist_dp_reshardable import Buckets, is_bucket, read_buckets
+from checkpoint.readers.torch_dist_files import check_format, find, named_step, read_common
 from checkpoint.readers.torch_dist_model import Model
+from checkpoint.readers.torch_dist_model_space import is_flattened, unflattened
 from checkpoint.readers.torch_dist_shards import Whole
-from checkpoint.readers.torch_dist_state import read_objects, read_optimizers, read_rest
+from checkpoint.readers.torch_dist_state import Optimizer, read_objects, read_optimizers, read_rest
 from checkpoint.source import Source, SourceTensor
 
 SPEC = "megatron-core-gpt-dist"
@@ -55,6 +56,37 @@ class _Keys:
     others: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Reading:
+    """A checkpoint as it is taken apart.
+
+    Attributes:
+        common: what all ranks have in common.
+        pieces: of every tensor that is carried, by stored name.
+        experts: numbers of the optimizers that have the experts alone.
+    """
+
+    source: Source
+    metadata: DcpMetadata
+    keys: _Keys
+    common: Mapping[str, Any]
+    pieces: Mapping[str, tuple[Piece, ...]]
+    optimizers: Mapping[int, Optimizer]
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        """Megatron-LM's arguments."""
+        return self.common.get("args") or {}
+
+    @property
+    def experts(self) -> list[int]:
+        return [number for number, optimizer in self.optimizers.items() if optimizer.of_experts]
+
+    def whole(self, stored: str, name: str) -> Whole:
+        tensor = self.metadata.tensors[stored]
+        return Whole(name, tensor.dtype, tensor.shape, self.pieces[stored])
+
+
 def read(path: Path) -> Source:
     """What the headers of a checkpoint's files say, and where the values confirm parameters to be.
 
@@ -70,33 +102,23 @@ def read(path: Path) -> Source:
     source = Source("Megatron torch_dist", folder, specs=(SPEC,))
     check_format(folder, source.problems)
     metadata = read_dcp_metadata(folder)
-    common = read_common(folder, source.problems)
     keys = _sort(metadata)
-    wanted = [*keys.weights, *keys.states, *keys.buckets]
-    pieces, problems = locate(metadata, wanted)
-    source.problems += [*problems, *find_damage(metadata, keys.others)]
-    model = Model({name: _whole(metadata, pieces, stored, name) for stored, name in keys.weights.items()})
+    pieces, problems = locate(metadata, [*keys.weights, *keys.states, *keys.buckets])
     objects = read_objects(metadata, source)
-    args = common.get("args") or {}
-    optimizers = read_optimizers(common, objects)
-    degrees = _degrees(args, model)
+    common = read_common(folder, objects, source.problems)
+    source.problems += [*problems, *find_damage(metadata, keys.others)]
+    reading = _Reading(source, metadata, keys, common, pieces, read_optimizers(common, objects))
+    model = Model({name: reading.whole(stored, name) for stored, name in keys.weights.items()})
     source.tensors = [SourceTensor(w.name, "weight", w.shape, w.pieces) for w in model.weights.values()]
-    numbers = Optimizers(
-        [n for n, optimizer in optimizers.items() if not optimizer.of_experts],
-        [n for n, optimizer in optimizers.items() if optimizer.of_experts],
-    )
-    wholes = {
-        stored: (state, _whole(metadata, pieces, stored, name))
-        for stored, (name, state) in keys.states.items()
-    }
-    _read_states(source, wholes, model, args, apart=bool(numbers.experts))
+    degrees = _degrees(reading.args, model)
+    _read_states(reading, model)
     if keys.buckets and not source.problems:
-        buckets = Buckets.of(_whole(metadata, pieces, stored, stored) for stored in keys.buckets)
-        found = read_buckets(buckets, model, degrees, optimizers=numbers, problems=source.problems)
-        for (name, state), held in found.items():
-            source.tensors.append(SourceTensor(name, state, model.weights[name].shape, tuple(held)))
-    _describe(source, common, model, degrees)
-    read_rest(source, common, optimizers, model)
+        buckets = Buckets.of(reading.whole(stored, stored) for stored in keys.buckets)
+        source.tensors += read_buckets(
+            buckets, model, degrees, experts=reading.experts, problems=source.problems
+        )
+    _describe(reading, model, degrees)
+    read_rest(source, common, reading.optimizers, model)
     source.problems[:] = dict.fromkeys(source.problems)
     return source
 
@@ -117,32 +139,24 @@ def _sort(metadata: DcpMetadata) -> _Keys:
     return keys
 
 
-def _whole(metadata: DcpMetadata, pieces: Mapping[str, tuple[Piece, ...]], stored: str, name: str) -> Whole:
-    tensor = metadata.tensors[stored]
-    return Whole(name, tensor.dtype, tensor.shape, pieces[stored])
-
-
-def _read_states(
-    source: Source,
-    wholes: Mapping[str, tuple[str, Whole]],
-    model: Model,
-    args: Mapping[str, Any],
-    *,
-    apart: bool,
-) -> None:
-    """States that were stored whole.
-
-    Args:
-        wholes: stored name -> state, and the tensor under the parameter's name.
-        apart: whether experts have an optimizer of their own.
-    """
+def _read_states(reading: _Reading, model: Model) -> None:
+    """States that were stored whole, in their parameters' shapes or as flat blocks of these."""
+    source = reading.source
     states: dict[str, dict[str, Whole]] = {}
-    for state, whole in wholes.values():
-        states.setdefault(state, {})[whole.name] = whole
+    for stored, (name, state) in reading.keys.states.items():
+        whole, weight = reading.whole(stored, name), model.weights.get(name)
+        try:
+            flat = weight is not None and is_flattened(whole, weight)
+            states.setdefault(state, {})[name] = unflattened(whole, weight) if flat and weight else whole
+        except ValueError as error:
+            source.problems.append(str(error))
     done = Repair()
     if not source.problems:
-        shifts = any(stored.startswith(_SHIFTING) for stored in wholes)
-        done = repair(model, states, args, experts_apart=apart, shifts=shifts)
+        shifts = any(stored.startswith(_SHIFTING) for stored in reading.keys.states)
+        try:
+            done = repair(model, states, reading.args, experts_apart=bool(reading.experts), shifts=shifts)
+        except (ValueError, OSError) as error:
+            source.problems.append(str(error))
     for state, held in states.items():
         for name, whole in held.items():
             pieces = tuple(done.pieces.get((name, state), whole.pieces))
@@ -162,21 +176,38 @@ def _degrees(args: Mapping[str, Any], model: Model) -> Degrees:
     )
 
 
-def _describe(source: Source, common: Mapping[str, Any], model: Model, degrees: Degrees) -> None:
-    args = common.get("args") or {}
-    source.step = int(common.get("iteration") or 0)
+def _describe(reading: _Reading, model: Model, degrees: Degrees) -> None:
+    source, args = reading.source, reading.args
+    source.step = int(reading.common.get("iteration") or named_step(source.folder))
     source.facts = facts_of(args) | {"homogeneous_layers": int(model.is_stacked)}
     source.facts.setdefault("num_layers", model.num_layers)
     source.facts.setdefault("tie_word_embeddings", int(model.is_tied))
     source.degrees = {"tensor": degrees.tensor, "pipeline": degrees.pipeline}
     if degrees.expert > 1:
         source.degrees["expert"] = degrees.expert
-    kind = (common.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    if not args:
+        source.notes.append(
+            f"{source.folder}: holds no arguments: sizes of the model that shapes do not tell are not known, "
+            "nor how it was split over stages"
+        )
+    source.problems += [f"{source.folder}: {line}" for line in unreadable(args)]
+    source.format = ", ".join(filter(None, ("Megatron torch_dist", _words(degrees), *_kind(reading))))
+
+
+def _words(degrees: Degrees) -> str:
     words = [f"TP{degrees.tensor}", f"PP{degrees.pipeline}"]
     words += [f"VPP{degrees.virtual}"] if degrees.virtual > 1 else []
     words += [f"EP{degrees.expert}"] if degrees.expert > 1 else []
-    precision = next((k for k in ("bf16", "fp16") if args.get(k)), "fp32") if args else ""
-    states = {tensor.state for tensor in source.tensors} - {"weight"}
-    optimizer = (kind or "plain optimizer") if states else "without optimizer"
-    source.format = ", ".join(filter(None, ("Megatron torch_dist", " ".join(words), optimizer, precision)))
-    source.problems += [f"{source.folder}: {line}" for line in unreadable(args)]
+    return " ".join(words)
+
+
+def _kind(reading: _Reading) -> tuple[str, str]:
+    """What the optimizer's state was asked to be, and the precision."""
+    args, common = reading.args, reading.common
+    precision = next((kind for kind in ("bf16", "fp16") if args.get(kind)), "fp32") if args else ""
+    if not (reading.keys.states or reading.keys.buckets):
+        return "without optimizer", precision
+    kind = (common.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    saved = common.get("optimizer") or {}
+    kind = kind or saved.get(0, saved).get("param_state_sharding_type")
+    return kind or "plain optimizer", precision

@@ -100,8 +100,8 @@ def repair(
         left = [box for box in boxes if (name, box) not in explained]
         if left:
             done.problems.append(
-                f"{name}: {len(left)} of {len(model.weights[name].pieces)} chunks of the master, rounded, are "
-                f"not the weight, {left[0]} first; likely cause: {cause}"
+                f"{name}: {len(left)} of {len(model.weights[name].pieces)} chunks of the master, rounded, "
+                f"are not the weight, {left[0]} first; likely cause: {cause}"
             )
     return done
 

@@ -21,14 +21,14 @@ from checkpoint.readers.megatron_buffers import ALIGNMENT, Doubt, Located, locat
 from checkpoint.readers.megatron_files import Degrees
 from checkpoint.readers.torch_dist_model import Chunk, Model, Place, Slot, orders
 from checkpoint.readers.torch_dist_shards import BufferRun, Shard, ShardRun, Whole, collect
+from checkpoint.source import SourceTensor
 
 _KEY = re.compile(
     r"(?:chained_(?P<chained>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
     r"gbuf_idx_(?P<buffer>\d+)\.dtype_\((?P<dtype>[^,)]+),[^)]*\)\.bucket_idx_(?P<bucket>\d+)\.(?P<state>\w+)"
 )
 MASTER = "param"
-Pieces = dict[tuple[str, str], list[Piece]]
-"""(stored name, state) -> pieces."""
+_Pieces = dict[tuple[str, str], list[Piece]]
 
 
 class BufferName(NamedTuple):
@@ -102,22 +102,33 @@ class Optimizers(NamedTuple):
 
 @dataclass
 class _Reading:
+    """A checkpoint as its buffers are gone through.
+
+    Attributes:
+        found: (stored name, state) -> pieces.
+        copies: the same of the n-th copy, of what several ranks held: n -> ...
+    """
+
     buckets: Buckets
     model: Model
     degrees: Degrees
     problems: list[str]
     files: Files
-    found: Pieces = field(default_factory=dict)
+    found: _Pieces = field(default_factory=dict)
+    copies: dict[int, _Pieces] = field(default_factory=dict)
 
 
 def read_buckets(
-    buckets: Buckets, model: Model, degrees: Degrees, *, optimizers: Optimizers, problems: list[str]
-) -> Pieces:
-    """The states of all parameters, as pieces of the tensors that the model stores.
+    buckets: Buckets, model: Model, degrees: Degrees, *, experts: Sequence[int], problems: list[str]
+) -> list[SourceTensor]:
+    """The states of all parameters, as the tensors that the model's weights are stored as.
 
     Args:
+        experts: numbers of the optimizers that have the experts alone.
         problems: takes a line for each buffer that cannot be taken apart, and for values that contradict.
     """
+    dense = sorted({name.optimizer for name in buckets.buffers} - set(experts))
+    optimizers = Optimizers(dense, experts)
     with Files(Path()) as files:
         reading = _Reading(buckets, model, degrees, problems, files)
         try:
@@ -135,7 +146,24 @@ def read_buckets(
                 _read_group(reading, optimizers.experts, group, place=place, chunks=stages[stage])
         except ValueError as error:
             problems.append(str(error))
-        return reading.found
+        return _tensors(reading)
+
+
+def _tensors(reading: _Reading) -> list[SourceTensor]:
+    """What was found, and those copies that data ranks had divided as they had the first one."""
+    shapes = {name: whole.shape for name, whole in reading.model.weights.items()}
+    tensors = [
+        SourceTensor(name, state, shapes[name], tuple(pieces))
+        for (name, state), pieces in reading.found.items()
+    ]
+    boxes = {key: {piece.box for piece in pieces} for key, pieces in reading.found.items()}
+    for number, copies in reading.copies.items():
+        tensors += [
+            SourceTensor(name, state, shapes[name], tuple(pieces), {"data": number})
+            for (name, state), pieces in copies.items()
+            if boxes.get((name, state), set()).issuperset(piece.box for piece in pieces)
+        ]
+    return tensors
 
 
 def _stages(reading: _Reading, optimizers: Optimizers) -> list[list[Chunk]]:
@@ -220,11 +248,10 @@ def _read_buffer(reading: _Reading, name: BufferName, slots: Sequence[Slot]) -> 
     for state in reading.buckets.buffers[name]:
         run = reading.buckets.run(name, state, reading.files)
         for number, start in located.starts.items():
-            if not shards[number].is_copy:
-                word = "master" if state == MASTER else state
-                shard = shards[number]
-                runs = run.between(start, start + shard.numel)
-                collect(reading.found, word, shard, start=start, runs=runs)
+            shard = shards[number]
+            into = reading.copies.setdefault(1 + name.group, {}) if shard.is_copy else reading.found
+            runs = run.between(start, start + shard.numel)
+            collect(into, "master" if state == MASTER else state, shard, start=start, runs=runs)
 
 
 def _locate(reading: _Reading, masters: BufferRun, slots: Sequence[Slot]) -> tuple[list[Shard], Located]:

@@ -2,7 +2,7 @@
 
 latest_checkpointed_iteration.txt        "1000" or "release"
 iter_0001000/.metadata, *.distcp         tensors and objects of ranks, as torch.distributed.checkpoint writes
-            /common.pt                   what all ranks have in common; megatron-core 0.19 has none
+            /common.pt                   what all ranks have in common; since 0.19 an object in *.distcp
             /metadata.json               names the format; written last
 """
 
@@ -20,6 +20,7 @@ from checkpoint.readers.megatron_files import TRACKER
 
 FORMAT = "metadata.json"
 COMMON = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
 _ITERATION = re.compile(r"iter_(\d+)")
 
 
@@ -82,17 +83,34 @@ def check_format(folder: Path, problems: list[str]) -> None:
         )
 
 
-def read_common(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """What all ranks have in common; empty where there is no such file."""
-    path = folder / COMMON
-    if not path.is_file():
-        return {}
-    try:
-        value = open_torch_file(path).value
-    except ValueError as error:
-        problems.append(str(error))
+def read_common(folder: Path, objects: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """What all ranks have in common; empty where it is nowhere.
+
+    Args:
+        objects: of the index, by stored name: megatron-core 0.19 and later keep it there.
+    """
+    path, value = folder / COMMON, objects.get(COMMON_OBJECT)
+    if path.is_file():
+        try:
+            value = open_torch_file(path).value
+        except ValueError as error:
+            problems.append(str(error))
+            return {}
+    elif isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        problems.append(
+            f"{path} is missing, and {COMMON_OBJECT} is not in the index either: arguments, iteration and "
+            "groups of the optimizer are gone; likely cause: not all files were copied"
+        )
         return {}
     if not isinstance(value, Mapping):
         problems.append(f"{path}: holds a {type(value).__name__}, expected a dictionary")
         return {}
     return dict(value)
+
+
+def named_step(folder: Path) -> int:
+    """The iteration in a folder's name; 0 where it has none."""
+    match = _ITERATION.fullmatch(folder.name)
+    return int(match[1]) if match else 0

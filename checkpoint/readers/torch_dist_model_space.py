@@ -1,47 +1,44 @@
-"""`fully_sharded_model_space`: masters and moments as flat blocks of the weights' shapes.
+"""`fully_sharded_model_space`, the default up to megatron-core 0.13: flat runs of the blocks that ranks held.
 
-A weight of shape [X, Y] that was cut into blocks [x, y] was stored as [X / x, Y / y, x * y], and a data
-rank's part of a block as a range of the last axis. megatron-core up to 0.13 wrote this by default; 0.15 and
-later can neither write nor read it (`sharded_tensor_to_torch_sharded_tensor` in
-`dist_checkpointing/strategies/torch.py`).
+A weight of shape [X, Y] that is cut into blocks of [x, y] has states of shape [X / x, Y / y, x * y]: a data
+rank's share of a block is a range of the last axis (megatron-core 0.13, `dist_checkpointing/mapping.py`:
+`ShardedTensor` with a `flattened_range`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from checkpoint.boxes import Box
-from checkpoint.manifest import ITEM_SIZES, Piece
-from parallel.slices import flat_range_boxes
+from checkpoint.manifest import Piece
+from checkpoint.readers.torch_dist_shards import Shard, Whole, part_of
 
 
-def unflattened(
-    name: str, shape: tuple[int, ...], pieces: Sequence[Piece], weight: tuple[int, ...]
-) -> Iterator[Piece]:
-    """The pieces of a stored state in the shape of its weight.
+def is_flattened(state: Whole, weight: Whole) -> bool:
+    """Whether a state has one axis more than its weight."""
+    return len(state.shape) == len(weight.shape) + 1
 
-    Args:
-        name: of the state, for errors.
-        shape: as it was stored.
-        weight: shape of the weight.
+
+def unflattened(state: Whole, weight: Whole) -> Whole:
+    """The state in its weight's shape.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes are not those of a weight and its blocks.
     """
-    parts = shape[:-1]
-    if len(parts) != len(weight) or any(
-        not count or whole % count for whole, count in zip(weight, parts, strict=True)
-    ):
-        raise ValueError(f"{name}: {list(shape)} is no cut of {list(weight)}, the shape of the weight")
-    size = tuple(whole // count for whole, count in zip(weight, parts, strict=True))
-    if math.prod(size) != shape[-1]:
-        raise ValueError(f"{name}: a block of {list(size)} has {math.prod(size)} elements, not {shape[-1]}")
-    for piece in pieces:
+    *counts, numel = state.shape
+    size = tuple(whole // max(1, parts) for whole, parts in zip(weight.shape, counts, strict=True))
+    whole = tuple(extent * parts for extent, parts in zip(size, counts, strict=True))
+    if whole != weight.shape or math.prod(size) != numel:
+        raise ValueError(
+            f"{state.name}: a state of shape {list(state.shape)}, expected numbers of blocks of "
+            f"{list(weight.shape)} and the elements of one"
+        )
+    pieces: list[Piece] = []
+    for piece in state.pieces:
         *block, first = piece.box.offset
-        corner = tuple(at * extent for at, extent in zip(block, size, strict=True))
-        byte = piece.start
-        for inner, extent in flat_range_boxes(size, first, first + piece.box.numel):
-            box = Box(tuple(o + i for o, i in zip(corner, inner, strict=True)), extent)
-            yield Piece(piece.file, byte, piece.dtype, box)
-            byte += box.numel * ITEM_SIZES[piece.dtype]
+        offset = tuple(at * extent for at, extent in zip(block, size, strict=True))
+        shard = Shard(weight.name, ((weight, Box(offset, size)),))
+        for region in shard.between(first, first + piece.box.size[-1]):
+            pieces.append(part_of(piece, region.first - first, region.box))
+    return replace(state, shape=weight.shape, pieces=tuple(pieces))

@@ -14,6 +14,7 @@ from checkpoint.readers.dcp_metadata import DcpMetadata
 from checkpoint.readers.deepspeed_state import Numbers, plain_items
 from checkpoint.readers.megatron_model import Parameter
 from checkpoint.readers.megatron_optimizer import by_rule, take_groups
+from checkpoint.readers.torch_dist_files import COMMON_OBJECT
 from checkpoint.readers.torch_dist_model import Model
 from checkpoint.source import Source
 
@@ -42,8 +43,11 @@ class Optimizer:
 
 
 def read_objects(metadata: DcpMetadata, source: Source) -> dict[str, Any]:
-    """The objects of ranks' optimizers, by stored name; a line in `left_out` for the other ones."""
-    wanted = [name for name in metadata.items if _OBJECT.fullmatch(name)]
+    """The common state and objects of ranks' optimizers, by stored name.
+
+    A line in `left_out` for the other ones.
+    """
+    wanted = [name for name in metadata.items if _OBJECT.fullmatch(name) or name == COMMON_OBJECT]
     values, problems = read_items(metadata, wanted)
     source.problems += problems
     rest = [name for name in metadata.items if name not in values]
