@@ -120,7 +120,7 @@ def _damaged(
 
 
 _Placed = tuple[Shard, Start, bool]
-"""A parameter, where it begins, and whether another beginning fits as well."""
+"""A parameter, where it begins, and whether it may as well begin elsewhere."""
 
 
 def _search(slots: Sequence[Slot], place: BufferPlace, states: States, files: Files) -> list[_Placed] | None:
@@ -131,8 +131,12 @@ def _search(slots: Sequence[Slot], place: BufferPlace, states: States, files: Fi
             starts = search.run(eager=False)
             if starts is not None:
                 others = search.run(eager=True) or starts
-                doubtful = [one.shift != other.shift for one, other in zip(starts, others, strict=True)]
-                return list(zip(reversed(shards), starts, doubtful, strict=True))
+                reverse = shards[::-1]
+                array = packed_of(reverse, starts, states[MASTER])
+                return [
+                    (shard, start, start.shift != other.shift and not search.proves(shard, start, array))
+                    for shard, start, other in zip(reverse, starts, others, strict=True)
+                ]
     return None
 
 

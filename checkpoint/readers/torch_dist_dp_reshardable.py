@@ -200,8 +200,11 @@ def _count_layers(reading: _Reading, name: BufferName, chunk: Chunk, place: Plac
     """
     first = chunk.layers.start
     numel = reading.buckets.run(name, MASTER, reading.files).numel
+    inner = Chunk(chunk.layers, is_first=False, is_last=False)
+    slots = _slots(reading, chunk, place, name.dtype)
     for stop in range(first, reading.model.num_layers + 1):
-        slots = _slots(reading, chunk._replace(layers=range(first, stop)), place, name.dtype)
+        if stop > first:
+            slots += _slots(reading, inner._replace(layers=range(stop - 1, stop)), place, name.dtype)
         least = sum(slot.shard.numel for slot in slots)
         if least <= numel < least + ALIGNMENT * max(1, len(slots)):
             return range(first, stop)

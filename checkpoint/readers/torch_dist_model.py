@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from checkpoint.readers.torch_dist_shards import Shard, Whole, cut
@@ -54,6 +54,7 @@ class _Name(NamedTuple):
     expert: int | None
 
 
+@cache
 def _name(stored: str) -> _Name:
     match = _LAYER.fullmatch(stored)
     if match is None:
@@ -149,7 +150,7 @@ class Model:
 
     def tensor_ranks(self) -> int:
         """Ranks that share the embedding."""
-        return len(self.weights[EMBEDDING].cuts(0)) if EMBEDDING in self.weights else 1
+        return len(self.weights[EMBEDDING].cuts[0]) if EMBEDDING in self.weights else 1
 
     def slots(self, chunk: Chunk, place: Place) -> Iterator[Slot]:
         """The parameters of a chunk on a rank, in no particular order."""

@@ -34,9 +34,13 @@ class Whole:
     def index(self) -> BoxIndex:
         return BoxIndex([piece.box for piece in self.pieces], len(self.shape))
 
-    def cuts(self, axis: int) -> list[tuple[int, int]]:
-        """(first, extent) of the chunks along an axis, ascending."""
-        return sorted({(piece.box.offset[axis], piece.box.size[axis]) for piece in self.pieces})
+    @cached_property
+    def cuts(self) -> list[list[tuple[int, int]]]:
+        """Of every axis: (first, extent) of the chunks along it, ascending."""
+        return [
+            sorted({(piece.box.offset[axis], piece.box.size[axis]) for piece in self.pieces})
+            for axis in range(len(self.shape))
+        ]
 
     def read(self, files: Files, box: Box) -> Bits:
         """A box of it, put together from the pieces."""
@@ -140,24 +144,21 @@ def cut(whole: Whole, lead: tuple[int, ...], rank: int, ranks: int) -> tuple[tup
         ValueError: the chunks are not those of so many ranks.
     """
     axes = range(len(lead), len(whole.shape))
-    cuts = {axis: whole.cuts(axis) for axis in axes}
-    split = [axis for axis in axes if len(cuts[axis]) > 1]
-    offset, size = [*lead], [1] * len(lead)
-    for axis in axes:
-        offset.append(0)
-        size.append(whole.shape[axis])
+    split = [axis for axis in axes if len(whole.cuts[axis]) > 1]
+    offset = [*lead, *(0 for _ in axes)]
+    size = [*(1 for _ in lead), *(whole.shape[axis] for axis in axes)]
     if not split:
         return (Box(tuple(offset), tuple(size)),), False
     axis, *others = split
-    repeats, rest = divmod(len(cuts[axis]), ranks)
+    repeats, rest = divmod(len(whole.cuts[axis]), ranks)
     if others or rest or repeats > 2:
-        counts = " x ".join(str(len(cuts[axis])) for axis in axes)
+        counts = " x ".join(str(len(whole.cuts[axis])) for axis in axes)
         raise ValueError(
             f"{whole.name}: is stored in {counts} chunks, which are not those of {ranks} tensor ranks"
         )
     boxes = []
     for part in range(repeats):
-        offset[axis], size[axis] = cuts[axis][part * ranks + rank]
+        offset[axis], size[axis] = whole.cuts[axis][part * ranks + rank]
         boxes.append(Box(tuple(offset), tuple(size)))
     return tuple(boxes), ranks > 1
 

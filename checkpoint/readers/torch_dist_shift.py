@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint.bits import rounded
+from checkpoint.bits import Bits, rounded
 from checkpoint.boxes import Box
 from checkpoint.manifest import Piece
 from checkpoint.panels import Files
@@ -148,15 +148,25 @@ class Search:
 
     def _fits(self, shard: Shard, start: Start, packed: Packed) -> bool:
         """Whether what was saved of a parameter's own elements, and compared, is its weight when rounded."""
+        return all(
+            expected is not None and np.array_equal(expected, weight)
+            for expected, weight in self._compared(shard, start, packed)
+        )
+
+    def proves(self, shard: Shard, start: Start, packed: Packed) -> bool:
+        """Whether it fits by values that are not all the same, as those of new norms are."""
+        runs = [weight for _, weight in self._compared(shard, start, packed)]
+        return bool(runs) and any(np.any(run != runs[0][0]) for run in runs)
+
+    def _compared(self, shard: Shard, start: Start, packed: Packed) -> Iterator[tuple[Bits | None, Bits]]:
+        """(rounded masters, weights) from the middle of each run that was saved."""
         weight = ShardRun(self.files, shard)
         for first, piece in packed.between(start.packed, start.packed + shard.numel):
             count = min(_COMPARED, piece.box.numel)
             skipped = (piece.box.numel - count) // 2
             middle = part_of(piece, skipped, Box((0,), (count,)))
             expected = rounded(self.files.read(middle, middle.box), piece.dtype, weight.dtype)
-            if expected is None or np.any(expected != weight.read(first + skipped - start.packed, count)):
-                return False
-        return True
+            yield expected, weight.read(first + skipped - start.packed, count)
 
 
 def packed_of(shards: Sequence[Shard], starts: Sequence[Start], states: Savings) -> Packed:

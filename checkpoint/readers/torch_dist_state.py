@@ -71,6 +71,7 @@ def read_optimizers(common: Mapping[str, Any], objects: Mapping[str, Any]) -> di
             state = value[0] if isinstance(value, list) and len(value) == 1 else value
             found.setdefault(int(match["chained"] or 0), Optimizer()).states.append(state)
     saved = common.get("optimizer")
+    saved = dict(enumerate(saved)) if isinstance(saved, list) else saved
     chained = saved if isinstance(saved, Mapping) and all(isinstance(k, int) for k in saved) else {0: saved}
     for number, state in chained.items():
         inner = state.get("optimizer", state) if isinstance(state, Mapping) else None
@@ -85,7 +86,7 @@ def read_rest(
     """Groups, numbers of steps, and what else is common to all ranks."""
     args = common.get("args") or {}
     numbers = Numbers(source.problems, source.left_out)
-    there = {tensor.name for tensor in source.tensors if tensor.state not in ("weight", "master")}
+    there = {tensor.name for tensor in source.tensors if tensor.state != "weight"}
     parameters = [p for p in _parameters(model) if p.name in there]
     apart = any(optimizer.of_experts for optimizer in optimizers.values())
     for optimizer in optimizers.values():
