@@ -107,6 +107,7 @@ def read(path: Path) -> Source:
     objects = read_objects(metadata, source)
     common = read_common(folder, objects, source.problems)
     source.problems += [*problems, *find_damage(metadata, keys.others)]
+    source.left_out += [f"{name}: a tensor that is no parameter's, not carried" for name in keys.others]
     reading = _Reading(source, metadata, keys, common, pieces, read_optimizers(common, objects))
     model = Model({name: reading.whole(stored, name) for stored, name in keys.weights.items()})
     source.tensors = [SourceTensor(w.name, "weight", w.shape, w.pieces) for w in model.weights.values()]
