@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoint.manifest import Piece
 from checkpoint.readers.dcp_chunks import find_damage, locate
-from checkpoint.readers.dcp_metadata import DcpMetadata, read_dcp_metadata
+from checkpoint.readers.dcp_metadata import Chunk, DcpMetadata, read_dcp_metadata
 from checkpoint.readers.megatron_args import facts_of, unreadable
 from checkpoint.readers.megatron_files import Degrees
 from checkpoint.readers.torch_dist_damage import CAUSE, Repair, repair
@@ -126,7 +126,12 @@ def read(path: Path) -> Source:
 
 def _sort(metadata: DcpMetadata) -> _Keys:
     keys = _Keys()
-    for stored in metadata.tensors:
+    seen: set[tuple[Chunk, ...]] = set()
+    for stored, tensor in metadata.tensors.items():
+        if tensor.chunks in seen:
+            continue  # another name for the very same bytes
+        if tensor.chunks and all(chunk.stored for chunk in tensor.chunks):
+            seen.add(tensor.chunks)
         match = _STATE.fullmatch(stored)
         if match:
             state = "master" if match[1] in _MASTERS else match[1]
