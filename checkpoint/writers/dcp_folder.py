@@ -1,7 +1,8 @@
 """A folder of torch.distributed.checkpoint, laid out: archives of chunks one behind the other, and the index.
 
 torch reads chunks whole, whatever part of them a rank wants, so that large tensors are cut into chunks of
-whole rows. Small items that are alike are stored once; the index may name the same bytes several times.
+whole rows, and stacks of large matrices into chunks of the rows of one. Small items that are alike are stored
+once; the index may name the same bytes several times.
 """
 
 from __future__ import annotations
@@ -199,10 +200,13 @@ def _filled(value: Any, payload: bytes | None = None) -> bytes:
 
 
 def _chunks(shape: tuple[int, ...], item: int, limit: int) -> list[Box]:
-    """Boxes of whole rows, as equal as they can be."""
+    """Boxes of whole rows, as equal as they can be; a row that is a large matrix is cut in the same way."""
     size = math.prod(shape) * item
     if not shape or size <= limit:
         return [Box((0,) * len(shape), shape)] if size else []
+    if len(shape) > 2 and size > limit * shape[0]:
+        inner = _chunks(shape[1:], item, limit)
+        return [Box((row, *box.offset), (1, *box.size)) for row in range(shape[0]) for box in inner]
     count = min(shape[0], -(-size // limit))
     bounds = [shape[0] * number // count for number in range(count + 1)]
     rest = (0,) * (len(shape) - 1)
@@ -210,14 +214,20 @@ def _chunks(shape: tuple[int, ...], item: int, limit: int) -> list[Box]:
 
 
 def narrowed(part: Part, box: Box) -> Part | None:
-    """What of a part lies in a box of whole rows of its stored tensor, counted in the box; None: nothing."""
-    if not part.start:
-        return part
-    low, high = box.offset[0], box.offset[0] + box.size[0]
-    start, step = part.start[0], part.steps[0]
-    if 0 not in part.axes:
-        return part._replace(start=(start - low, *part.start[1:])) if low <= start < high else None
-    axis = part.axes.index(0)
+    """What of a part lies in a box of its stored tensor, counted in the box; None: nothing."""
+    inside: Part | None = part
+    for axis in range(len(part.start)):
+        if inside is not None:
+            inside = _between(inside, axis, box.offset[axis], box.offset[axis] + box.size[axis])
+    return inside
+
+
+def _between(part: Part, stored: int, low: int, high: int) -> Part | None:
+    """What of a part lies between two indices of a stored axis, counted from the first of them."""
+    start, step = part.start[stored], part.steps[stored]
+    if stored not in part.axes:
+        return _starting(part, stored, start - low) if low <= start < high else None
+    axis = part.axes.index(stored)
     first = max(0, -(-(low - start) // step))
     last = min(part.box.size[axis], -(-(high - start) // step))
     if first >= last:
@@ -225,5 +235,9 @@ def narrowed(part: Part, box: Box) -> Part | None:
     offset, size = list(part.box.offset), list(part.box.size)
     offset[axis] += first
     size[axis] = last - first
-    moved = start + first * step - low
-    return part._replace(box=Box(tuple(offset), tuple(size)), start=(moved, *part.start[1:]))
+    moved = _starting(part, stored, start + first * step - low)
+    return moved._replace(box=Box(tuple(offset), tuple(size)))
+
+
+def _starting(part: Part, stored: int, at: int) -> Part:
+    return part._replace(start=(*part.start[:stored], at, *part.start[stored + 1 :]))

@@ -141,6 +141,7 @@ class _Writer:
                 f"{len(incomplete)} lack ({', '.join(incomplete[:3])})"
             )
         if incomplete or not trained:
+            self.plan.lost += self._precision_lost()
             return
         has_experts = any(".experts." in target.name for target in trained)
         self._groups = Groups(self._manifest, experts_apart=has_experts and self._expert_ranks != 1)
@@ -151,6 +152,15 @@ class _Writer:
                     continue
                 self._add(f"optimizer.state.{word}.{target.name}", "float32", target, held)
             self._groups.add(target.name, list(dict.fromkeys(part.name for part in target.parts)))
+
+    def _precision_lost(self) -> list[str]:
+        """Where no optimizer is written, masters are not either."""
+        masters = [name for name, state in self._tensors if state == "master"]
+        lost = [f"masters of {len(masters)} tensors: without moments nobody reads them"] if masters else []
+        finer = [t for t in self._tensors.values() if (t.state, t.dtype) == ("weight", "float32")]
+        if finer and self._dtype not in (None, "float32"):
+            lost.append(f"precision of {len(finer)} weights in float32: they are rounded to {self._dtype}")
+        return lost
 
     def write_extra_states(self, facts: Mapping[str, int]) -> None:
         """What modules of megatron-core ask for, empty."""

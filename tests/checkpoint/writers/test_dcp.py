@@ -172,12 +172,16 @@ def _filled(part: Part, shape: tuple[int, ...]) -> Any:
     return made
 
 
-@given(parts(), st.integers(1, 6))
-def test_a_part_cut_by_rows_is_the_part(case: tuple[Part, tuple[int, ...]], height: int) -> None:
+@given(parts(), st.integers(1, 6), st.integers(1, 6))
+def test_a_part_cut_into_boxes_is_the_part(
+    case: tuple[Part, tuple[int, ...]], height: int, width: int
+) -> None:
     part, shape = case
-    panels = []
+    whole = np.full(shape, -2)
     for low in range(0, shape[0], height):
-        size = (min(height, shape[0] - low), *shape[1:])
-        inside = narrowed(part, Box((low, *(0,) * (len(shape) - 1)), size))
-        panels.append(np.full(size, -1) if inside is None else _filled(inside, size))
-    assert np.array_equal(np.concatenate(panels), _filled(part, shape))
+        for left in range(0, shape[1], width):
+            size = (min(height, shape[0] - low), min(width, shape[1] - left), *shape[2:])
+            inside = narrowed(part, Box((low, left, *(0,) * (len(shape) - 2)), size))
+            filled = np.full(size, -1) if inside is None else _filled(inside, size)
+            whole[low : low + size[0], left : left + size[1]] = filled
+    assert np.array_equal(whole, _filled(part, shape))

@@ -58,7 +58,7 @@ def written(tmp_path: Path, oracle: Oracle, make: Make, **facts: int) -> Path:
     ("oracle", "make", "run"),
     [
         (BF16, from_ratoon, TP2_PP2),
-        (FP32, from_fsdp, DP2),
+        pytest.param(FP32, from_fsdp, DP2, marks=pytest.mark.long),
         (EXPERTS, from_ratoon, EP2),
         pytest.param(BF16, from_deepspeed, VPP2, marks=pytest.mark.long),
         pytest.param(TIED, from_ratoon, TP2_PP2, marks=pytest.mark.long),
@@ -71,6 +71,19 @@ def test_megatron_core_loads_it_and_steps_as_the_oracle(
 ) -> None:
     folder = written(tmp_path, oracle, make)
     assert wrong(load_and_step(folder / ITERATION, oracle, run, SHARDING), oracle) == set()
+
+
+def test_layers_that_are_cut_into_chunks_load_too(tmp_path: Path) -> None:
+    native.save(tmp_path / "source", BF16, DP2)
+    convert(
+        prepare(tmp_path / "source", "torch_dist", WriteOptions(shard_bytes=1 << 17)), tmp_path / "target"
+    )
+    folder = tmp_path / "target" / ITERATION
+    stored = read_dcp_metadata(folder).tensors["decoder.layers.mlp.linear_fc1.weight"]
+    layers, rows, _ = stored.chunks[0].box.size
+    assert layers == 1
+    assert rows < stored.shape[1]
+    assert wrong(load_and_step(folder, BF16, TP2_PP2, SHARDING), BF16) == set()
 
 
 def test_experts_without_expert_parallelism(tmp_path: Path) -> None:
