@@ -42,6 +42,14 @@ class Whole:
             for axis in range(len(self.shape))
         ]
 
+    @cached_property
+    def _chunks(self) -> dict[Box, Piece]:
+        return {piece.box: piece for piece in self.pieces if piece.strides is None}
+
+    def chunk(self, box: Box) -> Piece | None:
+        """The piece that is this very box, row-major without gaps, if there is one."""
+        return self._chunks.get(box)
+
     def read(self, files: Files, box: Box) -> Bits:
         """A box of it, put together from the pieces."""
         found = np.empty(box.size, bits_type(self.dtype))
@@ -122,12 +130,22 @@ class ShardRun:
         return self.shard.dtype
 
     def read(self, start: int, count: int) -> Bits:
-        wholes = {whole.name: whole for whole, _ in self.shard.parts}
-        runs = [
-            wholes[region.name].read(self.files, region.box).reshape(-1)
-            for region in self.shard.between(start, start + count)
-        ]
+        runs, first = [], 0
+        for whole, box in self.shard.parts:
+            low, high = max(start, first), min(start + count, first + box.numel)
+            if low < high:
+                runs.append(self._read(whole, box, low - first, high - first))
+            first += box.numel
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
+
+    def _read(self, whole: Whole, box: Box, start: int, end: int) -> Bits:
+        """Elements of a box, which mostly is what a rank saved as one chunk."""
+        chunk = whole.chunk(box)
+        if chunk is not None:
+            flat = part_of(chunk, start, Box((0,), (end - start,)))
+            return self.files.read(flat, flat.box)
+        regions = Shard(whole.name, ((whole, box),)).between(start, end)
+        return np.concatenate([whole.read(self.files, region.box).reshape(-1) for region in regions])
 
 
 def cut(whole: Whole, lead: tuple[int, ...], rank: int, ranks: int) -> tuple[tuple[Box, ...], bool]:

@@ -84,10 +84,10 @@ class Packed:
 
 
 def _chunk(state: Whole, box: Box) -> Piece:
-    for number, shared in state.index.meeting(box):
-        if shared == box == state.pieces[number].box and state.pieces[number].strides is None:
-            return state.pieces[number]
-    raise ValueError(f"{state.name}: {box} is not stored as one chunk")
+    chunk = state.chunk(box)
+    if chunk is None:
+        raise ValueError(f"{state.name}: {box} is not stored as one chunk")
+    return chunk
 
 
 @dataclass

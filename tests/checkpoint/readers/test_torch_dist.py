@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from checkpoint.opening import Opened, UnreadableError, open_checkpoint
+from checkpoint.readers.torch_dist_model import Chunk, Model, Place, orders
+from checkpoint.readers.torch_dist_shards import Whole
 from checkpoint.whole import read_whole
 from parallel.layout import Layout
 from tests.foreign.megatron import ITERATION, SAMPLES, Dist, Run, save_torch_dist
@@ -78,6 +82,34 @@ def test_a_checkpoint_without_optimizer_has_the_weights(tmp_path: Path) -> None:
 def test_a_plain_optimizer_in_fp32_has_no_masters(tmp_path: Path) -> None:
     folder = save_torch_dist(tmp_path, FP32, Run(Layout(distributed_optimizer=False), 1))
     assert_equal(open_checkpoint(folder), FP32, ("weight", "exp_avg", "exp_avg_sq"))
+
+
+def test_ranks_that_share_the_writing_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--ckpt-fully-parallel-save`, Megatron-LM's default: the index has another order then."""
+    save = dist_checkpointing.save
+
+    def save_in_parallel(state: dict[str, object], folder: str, **options: object) -> None:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), group)
+        save(state, folder, strategy, **options)
+
+    monkeypatch.setattr(dist_checkpointing, "save", save_in_parallel)
+    run = Run(Layout(tensor=2), 4, bucket=20_000)
+    assert_equal(open_checkpoint(save_torch_dist(tmp_path, BF16, run)), BF16)
+
+
+def test_norms_that_are_fused_are_tried_at_both_places() -> None:
+    """Transformer Engine registers the norm with the matrix behind it; modules of their own come first."""
+    names = [
+        "decoder.layers.self_attention.linear_proj.weight",
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.self_attention.linear_qkv.weight",
+        "embedding.word_embeddings.weight",
+    ]
+    whole = {name: Whole(name, "float32", (1, 2), ()) for name in names}
+    slots = list(Model(whole).slots(Chunk(range(1), is_first=True, is_last=True), Place()))
+    found = [[names.index(shard.name) for shard in order] for order in orders(slots, names)]
+    assert found == [[3, 0, 1, 2], [3, 1, 0, 2]]
 
 
 @pytest.fixture(scope="module")
