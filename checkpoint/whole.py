@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.boxes import Box
+from checkpoint.fill import plan_filling
 from checkpoint.manifest import LogicalTensor
-from checkpoint.plan import plan
-from checkpoint.read import read_copies
+from parallel.slices import TensorSlice
 
 
 def read_whole(folder: Path, tensor: LogicalTensor) -> torch.Tensor:
-    """The tensor in its own dtype and shape.
+    """The tensor in its own shape and dtype; in fp32 where it is the mean of several copies.
 
     Args:
         folder: that the pieces' files are relative to.
@@ -21,9 +20,12 @@ def read_whole(folder: Path, tensor: LogicalTensor) -> torch.Tensor:
     Raises:
         ValueError: its bytes are damaged or missing.
     """
-    flat = torch.empty(tensor.numel, dtype=getattr(torch, tensor.dtype))
-    box = Box((0,) * len(tensor.shape), tensor.shape)
-    report = read_copies(folder, list(plan(tensor, [(0, box)])), [flat])
-    if report.problems:
-        raise ValueError(f"{tensor.name} ({tensor.state}): " + "; ".join(report.problems))
+    dtype = torch.float32 if tensor.average else getattr(torch, tensor.dtype)
+    flat = torch.empty(tensor.numel, dtype=dtype)
+    zeros = (0,) * len(tensor.shape)
+    whole = TensorSlice(tensor.name, tensor.state, tensor.shape, zeros, tensor.shape, flat, (0,))
+    filling = plan_filling(folder, {0: tensor}, [whole])
+    problems = filling.problems or filling.read(folder, [whole]).problems
+    if problems:
+        raise ValueError(f"{tensor.name} ({tensor.state}): " + "; ".join(problems))
     return flat.view(tensor.shape)

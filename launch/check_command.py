@@ -21,8 +21,11 @@ from trainer.config import (
     check_config,
     config_toml,
     load_config,
+    open_start,
     resolve,
+    resumes_itself,
     starting_checkpoint,
+    starts_afresh,
 )
 from trainer.flops import training_flops
 from trainer.memory import Batch, estimate_memory
@@ -184,9 +187,19 @@ def _totals(config: RunConfig, model: Architecture, world_size: int) -> Iterator
     flops = training_flops(model, config.data.sequence_length, config.train.global_batch)
     yield "FLOPs a step", f"{flops.causal:.3g} causal, {flops.full:.3g} with full attention"
     yield "FLOPs in all", f"{flops.causal * config.train.steps:.3g} causal"
-    start = starting_checkpoint(config)
-    yield "starts from", str(start) if start else "new weights"
+    yield "starts from", _start(config)
     yield "run folder", str(config.run.folder)
+
+
+def _start(config: RunConfig) -> str:
+    """The checkpoint, its format, and what is taken from it."""
+    path = starting_checkpoint(config)
+    if path is None:
+        return "new weights"
+    opened = open_start(config, path)
+    if not resumes_itself(config, path) and starts_afresh(config, opened):
+        return f"{path}: {opened.format}, weights alone; step 0"
+    return f"{path}: {opened.format}, step {opened.manifest.step:,}"
 
 
 def notes(config: RunConfig) -> list[str]:

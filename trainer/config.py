@@ -120,8 +120,13 @@ def resumes_itself(config: RunConfig, path: Path) -> bool:
 
 
 def starts_afresh(config: RunConfig, opened: "Opened") -> bool:
-    """Whether only weights are taken from another run's checkpoint: as asked, or since it has no more."""
-    return config.checkpoint.weights_only or opened.format.startswith(HUGGING_FACE)
+    """Whether only weights are taken from another run's checkpoint: as asked, or since it has no more.
+
+    A Hugging Face folder never has more, nor has what was converted from one. Of other formats it has to be
+    said: where they lack moments, something may be missing.
+    """
+    origin = str(opened.manifest.state.get("format", ""))
+    return config.checkpoint.weights_only or origin.startswith(HUGGING_FACE)
 
 
 def config_toml(config: RunConfig) -> str:
@@ -211,14 +216,18 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
     return []
 
 
-def _start_problems(config: RunConfig, path: Path) -> list[str]:
-    """What is wrong with going on from the checkpoint at `path`: its step and where the schedule begins."""
+def open_start(config: RunConfig, path: Path) -> "Opened":
+    """The checkpoint that the run starts from; `checkpoint.spec` and `facts` are about another run's."""
     from checkpoint.opening import open_checkpoint
 
-    same_run = resumes_itself(config, path)
-    opened = open_checkpoint(
-        path, spec=None if same_run else config.checkpoint.spec, facts=config.checkpoint.facts
-    )
+    if resumes_itself(config, path):
+        return open_checkpoint(path)
+    return open_checkpoint(path, spec=config.checkpoint.spec, facts=config.checkpoint.facts)
+
+
+def _start_problems(config: RunConfig, path: Path) -> list[str]:
+    """What is wrong with going on from the checkpoint at `path`: its step and where the schedule begins."""
+    same_run, opened = resumes_itself(config, path), open_start(config, path)
     if opened.problems:
         return [f"checkpoint.load: {problem}" for problem in opened.problems]
     plan, step, found = schedule(config), opened.manifest.step, opened.manifest.state
@@ -236,12 +245,30 @@ def _start_problems(config: RunConfig, path: Path) -> list[str]:
     return plan.problems(plan.resume(saved, step=step, lr=lr, same_run=same_run))
 
 
+def _spec_problems(config: RunConfig) -> list[str]:
+    """A spec that is not there or wrong is said once, and as what it is."""
+    from checkpoint.language.spec import load_spec
+
+    wanted = config.checkpoint.spec
+    if wanted is None:
+        return []
+    if config.checkpoint.load is None:
+        return [f"checkpoint.spec = {wanted} says what names of checkpoint.load mean, and there is no load"]
+    try:
+        load_spec(wanted)
+    except ValueError as error:
+        return [f"checkpoint.spec: {error}"]
+    return []
+
+
 def _step_problems(config: RunConfig) -> list[str]:
+    problems = _spec_problems(config)
     try:
         path = starting_checkpoint(config)
-        problems = _start_problems(config, path) if path is not None else schedule(config).problems()
+        if not problems:
+            problems = _start_problems(config, path) if path is not None else schedule(config).problems()
     except ValueError as error:
-        problems = [f"checkpoint.load: {error}"]
+        problems.append(f"checkpoint.load: {error}")
     if config.eval.every and not config.data.validation:
         problems.append(
             f"eval.every = {config.eval.every}, but there is nothing to evaluate on: add a "

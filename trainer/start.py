@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.load import LoadedState, load
-from checkpoint.opening import Opened, open_checkpoint
+from checkpoint.opening import Opened
 from parallel.engine import Engine
 from parallel.layout import Layout
-from trainer.config import HUGGING_FACE, RunConfig, architecture, resumes_itself, schedule, starts_afresh
+from trainer.config import (
+    HUGGING_FACE,
+    RunConfig,
+    architecture,
+    open_start,
+    resumes_itself,
+    schedule,
+    starts_afresh,
+)
+from trainer.model.of_checkpoint import stated_fields
 from trainer.parity.start import gate
 from trainer.schedule import Anchor, Schedule
 
@@ -56,17 +65,15 @@ def start_from(
         ValueError: on every rank, when the checkpoint is damaged or does not fit.
     """
     plan, same_run = schedule(config), resumes_itself(config, path)
-    opened = open_checkpoint(
-        path, spec=None if same_run else config.checkpoint.spec, facts=config.checkpoint.facts
-    )
+    opened = open_start(config, path)
     weights_only = not same_run and starts_afresh(config, opened)
     loaded = load(opened, engine.slices(), rank=engine.mesh.rank, layout=layout, weights_only=weights_only)
-    notes = _what_was_loaded(opened, loaded) + _changes(loaded, config)
+    notes = _what_was_loaded(opened, loaded) + _changes(opened, config)
     lineage = _lineage(opened, loaded, same_run=same_run)
     if loaded.fresh:
         notes.append(f"{', '.join(loaded.fresh)} start fresh, and so do step, schedule and data")
         if opened.format.startswith(HUGGING_FACE):
-            notes += filter(None, [gate(config, engine, path)])
+            notes += filter(None, [gate(config, engine, opened)])
         return begin(plan, lineage), notes
     found = loaded.state
     scalars = found.get("scalars", {})
@@ -111,6 +118,11 @@ def _lineage(opened: Opened, loaded: LoadedState, *, same_run: bool) -> list[dic
 
 def _ways_of_going_on(start: Start, saved: Anchor, config: RunConfig, found: Mapping[str, Any]) -> list[str]:
     notes = []
+    if "updates" not in found.get("scalars", {}):
+        notes.append(
+            "the checkpoint's parameters have made different numbers of updates: Adam counts "
+            f"{start.updates} for all of them, the checkpoint's step"
+        )
     if "schedule" not in found:
         notes.append(
             f"the checkpoint has no schedule of ours: {config.schedule.kind} counts from step "
@@ -131,13 +143,11 @@ def _degrees(layout: Mapping[str, Any]) -> str:
     return Layout(**degrees).describe(layout["world_size"])
 
 
-def _changes(loaded: LoadedState, config: RunConfig) -> list[str]:
-    """Fields of the model that the checkpoint had otherwise; its shapes have been compared already."""
-    saved = loaded.state.get("model", {})
+def _changes(opened: Opened, config: RunConfig) -> list[str]:
+    """Fields of the model that the checkpoint states otherwise; its shapes have been compared already."""
     now = architecture(config).model_dump()
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
     return [
-        f"changed since: model.{key} {saved[key]} -> {plain[key]}"
-        for key in saved
-        if key in plain and plain[key] != saved[key]
+        f"changed since: model.{key} {saved} -> {now[key]}"
+        for key, saved in stated_fields(opened).items()
+        if key in now and now[key] != saved
     ]

@@ -20,7 +20,7 @@ from checkpoint.writers.shards import Whole, index, shards
 from checkpoint.writers.universal import tensor_dtype
 
 WEIGHT, MASTER = "weight", "master"
-_HEAD = "lm_head.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = (
     "rms_norm_eps",
     "num_attention_heads",
@@ -110,7 +110,9 @@ def _refuse_contradiction(
         model: what a checkpoint of Ratoon's own says of it.
     """
     facts, problems = _facts(config), []
-    rows, columns = shapes["model.embed_tokens.weight"]
+    if _EMBEDDING not in shapes:
+        raise ValueError(f"the checkpoint has no {_EMBEDDING}: it is part of a model, which nothing loads")
+    rows, columns = shapes[_EMBEDDING]
     layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
     for fact, found in (("vocab_size", rows), ("hidden_size", columns), ("num_layers", len(layers))):
         if facts.get(fact, found) != found:
@@ -127,15 +129,24 @@ def _refuse_contradiction(
 def _otherwise_computed(config: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
     own = config_of(model, dtype="float32")
     pairs = {key: (config[key], own[key]) for key in _COMPUTED if config.get(key) is not None and key in own}
-    ropes = [{**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})} for c in (config, own)]
-    pairs["rope_theta"] = (ropes[0].get("rope_theta", config.get("rope_theta")), own["rope_theta"])
-    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
-    pairs["rope_type"] = (kinds[0], kinds[1])
+    there, here = _rope(config), _rope(own)
+    pairs |= {key: (there[key], here[key]) for key in here}
     return [
-        f"{key} is {there} in config.json and {here} in the checkpoint"
-        for key, (there, here) in pairs.items()
-        if there != here
+        f"{key} is {stated} in config.json and {computed} in the checkpoint"
+        for key, (stated, computed) in pairs.items()
+        if stated != computed
     ]
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Base, kind and factor, wherever the version of transformers that wrote it keeps them."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    usual = 1e6 if config.get("model_type") == "mixtral" else 1e4
+    return {
+        "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or usual,
+        "rope_type": rope.get("rope_type") or rope.get("type") or "default",
+        "rope factor": rope.get("factor"),
+    }
 
 
 def _lost(opened: Opened, held: set[tuple[str, str]]) -> list[str]:

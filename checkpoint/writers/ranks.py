@@ -7,7 +7,7 @@ again and again from one checkpoint on a file system that dislikes small reads.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from checkpoint.boxes import Box
@@ -17,7 +17,7 @@ from checkpoint.opening import Opened
 from checkpoint.source import Part
 from checkpoint.writers.options import WriteOptions
 from checkpoint.writers.shards import Whole, shard
-from checkpoint.writers.universal import complete, tensor_dtype
+from checkpoint.writers.universal import complete, rounded_away, tensor_dtype
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -67,10 +67,10 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
     """A file for each model-parallel rank of `options.layout`.
 
     Raises:
-        ValueError: the layout does not divide the model's layers or experts.
+        ValueError: the layout does not divide the model's layers or experts, or weights are not written in
+            the dtype that is asked for.
     """
-    layout = dict(options.layout)
-    cut = _cut(opened, layout)
+    cut = _cut(opened, options.layout)
     tensors: dict[int, list[Whole]] = {}
     boxes: _Boxes = {}
     for tensor in opened.manifest.tensors:
@@ -78,10 +78,10 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
             key = f"{tensor.name}:{tensor.state}[{','.join(map(str, box.offset))}]"
             axes = range(len(box.size))
             part = Part(tensor.name, tensor.shape, box, (0,) * len(axes), tuple(axes), (1,) * len(axes))
-            whole = Whole(key, tensor_dtype(tensor), box.size, tensor.state, (part,))
+            whole = Whole(key, tensor_dtype(tensor, options.dtype), box.size, tensor.state, (part,))
             tensors.setdefault(rank, []).append(whole)
             boxes[f"rank-{rank:05d}.safetensors", key] = (tensor, box)
-    written = WritePlan("Ratoon, cut by a layout")
+    written = WritePlan("Ratoon, cut by a layout", lost=rounded_away(opened, options.dtype))
     written.files = [shard(f"rank-{rank:05d}.safetensors", held) for rank, held in sorted(tensors.items())]
     if opened.manifest.rank_blobs:
         written.notes.append("the ranks' random states do not go along: they belong to the layout that saved")
@@ -89,7 +89,7 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
     return written
 
 
-def _cut(opened: Opened, layout: dict[str, int]) -> Cut:
+def _cut(opened: Opened, layout: Mapping[str, int]) -> Cut:
     names = [tensor.name for tensor in opened.manifest.tensors]
     layers = 1 + max((int(m[1]) for name in names if (m := _LAYER.match(name))), default=0)
     experts = 1 + max((int(m[1]) for name in names if (m := _EXPERT.search(name))), default=0)

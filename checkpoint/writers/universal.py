@@ -36,7 +36,7 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
         ValueError: a dtype is asked for that weights are not written in.
     """
     written = WritePlan("Ratoon universal", carried=carried_files(opened, options.carry))
-    written.lost = _rounded_away(opened, options.dtype)
+    written.lost = rounded_away(opened, options.dtype)
     kinds = Counter(tensor_dtype(t, options.dtype) for t in opened.manifest.tensors if t.state == WEIGHT)
     if kinds:
         configure(written, opened, kinds.most_common(1)[0][0])
@@ -75,7 +75,7 @@ def in_source_order(tensors: Iterable[LogicalTensor]) -> list[LogicalTensor]:
     return sorted(tensors, key=lambda tensor: (tensor.pieces[0].file, tensor.pieces[0].start))
 
 
-def _rounded_away(opened: Opened, weights: str | None) -> list[str]:
+def rounded_away(opened: Opened, weights: str | None) -> list[str]:
     """A line where weights lose precision that no master keeps."""
     if weights not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {weights}: weights are written as float32, bfloat16 or float16")

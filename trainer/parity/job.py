@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from parallel.layout import Layout
 from trainer.model.architecture import Architecture
-from trainer.model.of_checkpoint import architecture_of
+from trainer.model.of_checkpoint import architecture_of, stated_fields
 from trainer.parity.report import ParityReport
 from trainer.parity.suspects import configuration_suspects, place_suspects, weight_suspects
 
@@ -67,7 +67,7 @@ def run_parity(job: ParityJob) -> ParityReport:
 
 
 def architectures(opened: Opened, theirs: Opened) -> tuple[Architecture, Architecture]:
-    """What each side says it is; one that does not say so in full is taken for the other side's model.
+    """What each side says it is; what one leaves open is taken from the other.
 
     Raises:
         ValueError: the Hugging Face folder has no config.json, or one of a family that is not supported.
@@ -78,20 +78,18 @@ def architectures(opened: Opened, theirs: Opened) -> tuple[Architecture, Archite
             f"{theirs.folder} has no config.json, so transformers cannot compute it: give a "
             "Hugging Face folder"
         )
-    return architecture_of(opened) or reference, reference
+    return reference.model_copy(update=stated_fields(opened)), reference
 
 
 def with_suspects(
     report: ParityReport, ours: Opened, theirs: Opened, models: tuple[Architecture, Architecture]
 ) -> ParityReport:
-    """The report with likely causes: settings, then the weights near the first difference, then the place."""
+    """The report with likely causes: settings, weights near the first difference, or else the place."""
     if report.same or report.first is None:
         return report
-    found = configuration_suspects(*models)
-    if not found:
-        near = _near(report.first.point)
-        mine, other = (_weights(side, near) for side in (ours, theirs))
-        found = weight_suspects(mine, other, models[0])
+    near = _near(report.first.point)
+    mine, other = (_weights(side, near) for side in (ours, theirs))
+    found = configuration_suspects(*models) + weight_suspects(mine, other, models[0])
     return replace(report, suspects=tuple(found or place_suspects(report.first.point, models[0])))
 
 
@@ -104,10 +102,13 @@ def _near(point: str) -> tuple[str, ...]:
 
 
 def _weights(opened: Opened, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Weights, or masters where there are no weights."""
     from checkpoint.whole import read_whole
 
-    return {
-        tensor.name: read_whole(opened.folder, tensor)
+    chosen = {
+        tensor.name: tensor
+        for state in ("master", "weight")
         for tensor in opened.manifest.tensors
-        if tensor.state == "weight" and tensor.name.startswith(prefixes)
+        if tensor.state == state and tensor.name.startswith(prefixes)
     }
+    return {name: read_whole(opened.folder, tensor) for name, tensor in chosen.items()}

@@ -1,8 +1,7 @@
-"""What a model computes on the way to its logits, put together from the ranks of any layout."""
+"""What the ranks of any layout compute of a model on the way to its logits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +28,14 @@ def points(num_layers: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Recording:
-    """What one rank holds of an activation [sequences, s, columns] of the whole batch.
+    """What one rank holds of an activation [sequences, s, columns].
 
     Attributes:
         row: the sequence.
         positions: of the tokens, in the order of `data`.
         column: the first column.
-        data: [len(positions), some of the columns], on the host.
+        data: float32 [len(positions), some of the columns], on the host.
+        is_copy: another rank has the same numbers and speaks for them.
     """
 
     point: str
@@ -43,6 +43,7 @@ class Recording:
     positions: tuple[int, ...]
     column: int
     data: torch.Tensor
+    is_copy: bool
 
 
 def random_batch(vocab_size: int, rows: int, length: int, *, seed: int = 0) -> MicroBatch:
@@ -60,55 +61,29 @@ def random_batch(vocab_size: int, rows: int, length: int, *, seed: int = 0) -> M
 
 
 def rows_needed(engine: Engine) -> int:
-    """The fewest sequences that keep every data rank and every pipeline stage busy."""
-    return engine.mesh.data * engine.mesh.layout.pipeline
+    """The fewest sequences that keep every pipeline stage busy; all data ranks compute the same ones."""
+    return engine.mesh.layout.pipeline
 
 
 def record(engine: Engine, batch: MicroBatch) -> list[Recording]:
     """Run `batch` forward on all ranks together; returns what this rank has seen of it.
 
+    Logits are recorded of every sequence, the rest of the first one only: of all sequences it would fill the
+    host's memory.
+
     Args:
         batch: as many sequences as `rows_needed` says, or a multiple; one sequence is a micro-batch.
     """
-    mesh = engine.mesh
-    rows = range(mesh.data_rank, len(batch.tokens), mesh.data)
-    recorder = _Recorder(engine, rows, batch.tokens.shape[1])
+    recorder = _Recorder(engine, *batch.tokens.shape)
     handles = recorder.attach()
     try:
         with torch.no_grad():
-            micro_batches = [_row(batch, row) for row in rows]
+            micro_batches = [_row(batch, row) for row in range(len(batch.tokens))]
             run_micro_batches(engine, micro_batches, token_loss(1), forward_only=True)
     finally:
         for handle in handles:
             handle.remove()
     return recorder.recordings
-
-
-def put_together(recordings: Sequence[Recording]) -> dict[str, torch.Tensor]:
-    """Whole activations [sequences, s, columns] from all ranks' recordings, which may repeat each other.
-
-    Raises:
-        ValueError: two ranks that hold the same numbers disagree, or nobody has some of them.
-    """
-    by_point: dict[str, list[Recording]] = {}
-    for recording in recordings:
-        by_point.setdefault(recording.point, []).append(recording)
-    whole = {}
-    for point, parts in by_point.items():
-        rows = 1 + max(part.row for part in parts)
-        length = 1 + max(max(part.positions) for part in parts)
-        columns = max(part.column + part.data.shape[1] for part in parts)
-        full = torch.full((rows, length, columns), torch.nan, dtype=parts[0].data.dtype)
-        for part in parts:
-            box = full[part.row, :, part.column : part.column + part.data.shape[1]]
-            there = box[list(part.positions)]
-            if not (there.isnan() | (there == part.data)).all():
-                raise ValueError(f"the ranks disagree about {point}: two hold it and computed other numbers")
-            box[list(part.positions)] = part.data
-        if full.isnan().any():
-            raise ValueError(f"{point} is not a number everywhere, or no rank has all of it")
-        whole[point] = full
-    return whole
 
 
 def _row(batch: MicroBatch, row: int) -> MicroBatch:
@@ -118,7 +93,7 @@ def _row(batch: MicroBatch, row: int) -> MicroBatch:
 class _Recorder:
     """Hooks that note what passes a module; each module sees the micro-batches in their order."""
 
-    def __init__(self, engine: Engine, rows: range, length: int) -> None:
+    def __init__(self, engine: Engine, rows: int, length: int) -> None:
         self.recordings: list[Recording] = []
         self._engine = engine
         self._rows = rows
@@ -142,7 +117,7 @@ class _Recorder:
         return handles
 
     def _hook(self, module: Any, point: str) -> Any:
-        rows = iter(self._rows)
+        rows = iter(range(self._rows))
 
         def note(_module: Any, _inputs: Any, output: Any) -> None:
             self._note(point, next(rows), output)
@@ -150,17 +125,21 @@ class _Recorder:
         return module.register_forward_hook(note)
 
     def _note(self, point: str, row: int, output: Any) -> None:
+        if row and point != LOGITS:
+            return
         value, rest = (output[0], output[1]) if isinstance(output, tuple) else (output, None)
         if torch.is_tensor(rest) and point.endswith(("attention", "mlp")):
             value = value + rest  # megatron-core hands the bias on, to be added together with the residual
         mesh, column = self._engine.mesh, 0
-        data = value.detach()[:, 0].float().cpu()  # [s, b = 1, columns]
-        positions = self._positions
+        data = value.detach()[:, 0].to("cpu", torch.float32, copy=True)  # [s, b = 1, columns]
+        positions, is_copy = self._positions, mesh.data_rank > 0
         if point == LOGITS:
             column = mesh.tensor_rank * data.shape[1]
             data = data[:, : max(0, self._engine.vocab_size - column)]  # the rest is padding
         elif len(data) < len(positions):  # sequence parallelism
             first = mesh.tensor_rank * len(data)
             positions = positions[first : first + len(data)]
+        else:
+            is_copy = is_copy or mesh.tensor_rank > 0
         if data.numel():
-            self.recordings.append(Recording(point, row, tuple(positions), column, data.clone()))
+            self.recordings.append(Recording(point, row, tuple(positions), column, data, is_copy))

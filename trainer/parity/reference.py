@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +21,54 @@ def transformers_missing() -> str | None:
     return f"transformers is not installed, which computes the logits to compare with: {_INSTALL}"
 
 
+def vocabulary(folder: Path) -> int:
+    """Tokens that the model knows. Raises ValueError when its config.json does not say."""
+    try:
+        return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json does not say vocab_size: {error}") from None
+
+
 @torch.no_grad()
-def run_reference(folder: Path, tokens: torch.Tensor, *, precision: str) -> dict[str, torch.Tensor]:
-    """Activations [sequences, s, columns] in float32 at every point of `probe.points`, on the host.
+def run_reference(folder: Path, tokens: torch.Tensor, *, precision: str) -> dict[str, list[torch.Tensor]]:
+    """Activations at every point of `probe.points`: of every sequence the logits, else of the first.
 
     Args:
         tokens: int64 [sequences, s].
         precision: "fp32" or "bf16", of weights and activations.
 
+    Returns:
+        point -> float32 [s, columns] of every sequence, on the host.
+
     Raises:
-        ValueError: transformers is not there, or cannot load the folder.
+        ValueError: transformers is not there, or cannot load or compute the folder.
     """
     if missing := transformers_missing():
         raise ValueError(missing)
-    model = _load(folder, torch.float32 if precision == "fp32" else torch.bfloat16)
-    found: dict[str, list[torch.Tensor]] = {}
-    handles = [module.register_forward_hook(_note(found, point)) for point, module in _modules(model)]
     try:
+        model = _load(folder, torch.float32 if precision == "fp32" else torch.bfloat16)
+        found: dict[str, list[torch.Tensor]] = {}
+        handles = [module.register_forward_hook(_note(found, point)) for point, module in _modules(model)]
         for row in tokens:
             found.setdefault(LOGITS, []).append(model(row[None], use_cache=False).logits[0].float())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {point: torch.stack(rows) for point, rows in found.items()}
+            for handle in handles:
+                handle.remove()
+    except Exception as error:  # of whatever kind: the other ranks wait to be told
+        raise ValueError(f"transformers cannot compute {folder}: {type(error).__name__}: {error}") from error
+    return found
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of a line a second, on the terminal of a run
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"transformers cannot load {folder}: {error}") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return model.eval()
 
 

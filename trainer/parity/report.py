@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from trainer.parity.probe import LOGITS
 
+Activations = Mapping[str, Sequence[torch.Tensor]]
+"""point -> float32 [s, columns] of every sequence, on the host"""
 FP32_TOLERANCE = 1e-4
 """Largest difference over the largest absolute value: a hundred roundings of fp32 sums in another order."""
 BF16_FACTOR = 2.0
@@ -76,42 +79,58 @@ class ParityReport:
         return text if self.same or self.first is None else f"{text}; the first to differ: {self.first.point}"
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
-        return {**asdict(self), "same": self.same, "first": self.first.point if self.first else None}
+        """For programs; JSON knows no infinity, which is null."""
+        found = asdict(self)
+        for difference in found["differences"]:
+            if math.isinf(difference["relative"]):
+                difference["relative"] = None
+        return {**found, "same": self.same, "first": self.first.point if self.first else None}
 
 
-def compare(
-    ours: Mapping[str, torch.Tensor],
-    theirs: Mapping[str, torch.Tensor],
-    order: Sequence[str],
-    *,
-    noise: Mapping[str, torch.Tensor] | None = None,
-) -> tuple[PointDifference, ...]:
-    """Compare activations [sequences, s, columns] at every point of `order` that both have.
+@dataclass(frozen=True)
+class Bound:
+    """What one activation is compared with.
+
+    Attributes:
+        shape: of one sequence's, [s, columns].
+        rows: sequences.
+        scale: the largest absolute value expected; 1 where all are zero.
+        allowed: difference, as a fraction of `scale`.
+    """
+
+    point: str
+    shape: tuple[int, int]
+    rows: int
+    scale: float
+    allowed: float
+
+
+def bounds(expected: Activations, order: Sequence[str], *, noise: Activations | None = None) -> list[Bound]:
+    """The bound of every point of `order` that is expected.
 
     Args:
-        theirs: transformers in fp32.
+        expected: transformers in fp32.
         noise: transformers in bf16: how far that is from fp32 decides how far we may be; None asks for
             FP32_TOLERANCE.
     """
-    differences = []
+    found = []
     for point in order:
-        if point not in ours or point not in theirs:
+        if point not in expected:
             continue
-        relative, worst = _distance(ours[point], theirs[point])
+        rows = expected[point]
+        scale = max(float(row.abs().max()) for row in rows) or 1.0
         allowed = FP32_TOLERANCE
         if noise is not None:
-            allowed = max(allowed, BF16_FACTOR * _distance(noise[point], theirs[point])[0])
-        differences.append(PointDifference(point, relative, allowed, worst))
-    assert differences, "nothing to compare"
-    assert differences[-1].point == LOGITS
-    return tuple(differences)
+            away = (farthest(one, other)[0] for one, other in zip(noise[point], rows, strict=True))
+            allowed = max(allowed, BF16_FACTOR * max(away) / scale)
+        length, columns = rows[0].shape
+        found.append(Bound(point, (length, columns), len(rows), scale, allowed))
+    assert found[-1].point == LOGITS
+    return found
 
 
-def _distance(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, tuple[int, int]]:
-    if actual.shape != expected.shape:
-        return float("inf"), (0, 0)
-    apart = (actual.double() - expected.double()).abs().amax(dim=-1)
-    row, position = divmod(int(apart.argmax()), apart.shape[1])
-    scale = float(expected.double().abs().max())
-    return float(apart.max()) / scale if scale else float(apart.max()), (row, position)
+def farthest(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, int]:
+    """The largest absolute difference of two float32 [s, columns], and its s. NaN is infinitely far."""
+    apart = (actual - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf).amax(dim=-1)
+    place = int(apart.argmax())
+    return float(apart[place]), place

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from parallel.engine import Engine
 from parallel.forward import gather_texts
 from trainer.config import RunConfig, architecture
+from trainer.model.of_checkpoint import architecture_of
 from trainer.model.parameters import count_parameters
 from trainer.parity.gate import POSITIONS, measure
 from trainer.parity.reference import transformers_missing
+from trainer.parity.report import ParityReport
+from trainer.parity.suspects import configuration_suspects, place_suspects
+
+if TYPE_CHECKING:
+    from checkpoint.opening import Opened
 
 _BYTES = 4  # transformers computes in fp32 on rank 0
 
 
-def gate(config: RunConfig, engine: Engine, folder: Path) -> str:
+def gate(config: RunConfig, engine: Engine, opened: Opened) -> str:
     """Compare the logits with transformers', as `checkpoint.parity` asks. All ranks call it together.
+
+    Args:
+        opened: the Hugging Face folder that the engine has been loaded from.
 
     Returns:
         What was measured, or why nothing was; empty when it is turned off.
@@ -34,13 +43,23 @@ def gate(config: RunConfig, engine: Engine, folder: Path) -> str:
         raise ValueError(f"checkpoint.parity = always, but {reason}")
     if reason:
         return f"logits not compared with transformers: {reason}"
-    report = measure(engine, folder, length=_length(config))
+    report = measure(engine, opened.folder, length=_length(config))
     if not report.same:
+        suspects = "; ".join(_suspects(config, opened, report))
         raise ValueError(
-            f"{folder}: {report.sentence()}. `ratoon checkpoint parity` names suspects; training would start "
-            "from another model than the one that was meant. To train all the same: checkpoint.parity = never"
+            f"{opened.folder}: {report.sentence()}. Suspects: {suspects}. "
+            "Training would start from another model than the one that was meant; to train all the same: "
+            "checkpoint.parity = never"
         )
     return report.sentence()
+
+
+def _suspects(config: RunConfig, opened: Opened, report: ParityReport) -> list[str]:
+    """Settings of [model] that are not the folder's, else the place: the weights are the folder's own."""
+    assert report.first is not None
+    ours, theirs = architecture(config), architecture_of(opened)
+    found = configuration_suspects(ours, theirs) if theirs is not None else []
+    return found or place_suspects(report.first.point, ours)
 
 
 def _length(config: RunConfig) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -32,9 +31,13 @@ _CAUSES = {
     "experts_per_token": "the experts a token is sent to",
     "norm_topk_prob": "the normalisation of the router's weights",
     "num_experts": "the number of experts",
+    "ffn_hidden_size": "the width of the MLP",
+    "moe_ffn_hidden_size": "the width of an expert",
 }
 _NOT_WITHOUT = {"rope_scaling_factor": "rope_scaling", "norm_topk_prob": "num_experts"}
 Weights = Mapping[str, torch.Tensor]
+Orders = Mapping[str, torch.Tensor]
+"""what an order of rows is called -> the rows in that order"""
 
 
 def configuration_suspects(ours: Architecture, theirs: Architecture) -> list[str]:
@@ -51,9 +54,19 @@ def configuration_suspects(ours: Architecture, theirs: Architecture) -> list[str
 
 
 def weight_suspects(ours: Weights, theirs: Weights, model: Architecture) -> list[str]:
-    """Logical tensors that are not the same on both sides, with the order of rows that would make them so."""
+    """Logical tensors that are not the same on both sides, with the order of rows that would make them so.
+
+    Of two dtypes the lower one counts: a bf16 copy of an fp32 weight is the same.
+    """
     found = []
-    for name in sorted(ours.keys() | theirs.keys()):
+    explained: set[str] = set()
+    for names, orders in _fused(ours.keys() & theirs.keys(), model):
+        mine, other = (torch.cat([side[name] for name in names]) for side in (ours, theirs))
+        what = None if _same(mine, other) else _reordered(mine, other, orders)
+        if what is not None:
+            found.append(f"{what}: {', '.join(names)} have the same rows in that other order")
+            explained.update(names)
+    for name in sorted((ours.keys() | theirs.keys()) - explained):
         if name not in ours or name not in theirs:
             where = "there" if name not in ours else "here"
             kind = "a bias" if name.endswith(".bias") else "a tensor"
@@ -62,8 +75,10 @@ def weight_suspects(ours: Weights, theirs: Weights, model: Architecture) -> list
             found.append(
                 f"the shape of {name}: {list(ours[name].shape)} here, {list(theirs[name].shape)} there"
             )
-        elif not torch.equal(ours[name].float(), theirs[name].float()):
-            found.append(_reordered(name, ours[name], theirs[name], model) or f"the values of {name}")
+        elif not _same(ours[name], theirs[name]):
+            what = _reordered(ours[name], theirs[name], _orders(name, len(ours[name]), model))
+            same_rows = f"{what}: {name} has the same rows in that other order"
+            found.append(same_rows if what is not None else f"the values of {name}")
     return found
 
 
@@ -83,29 +98,68 @@ def place_suspects(point: str, model: Architecture) -> list[str]:
     return ["the norms or the residual of the layer"]
 
 
-def _reordered(name: str, ours: torch.Tensor, theirs: torch.Tensor, model: Architecture) -> str | None:
-    """A known order of rows under which the two tensors are the same."""
-    for what, order in _orders(name, len(ours), model).items():
-        if torch.equal(ours[order].float(), theirs.float()):
-            return f"{what}: {name} has the same rows in that other order"
-    return None
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    if ours.shape != theirs.shape:
+        return False
+    lower = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(ours.to(lower), theirs.to(lower))
 
 
-def _orders(name: str, rows: int, model: Architecture) -> dict[str, Any]:
+def _reordered(ours: torch.Tensor, theirs: torch.Tensor, orders: Orders) -> str | None:
+    """What the order of rows is called under which the two tensors are the same."""
+    rows = [(what, order) for what, order in orders.items() if len(order) == len(ours)]
+    return next((what for what, order in rows if _same(ours[order], theirs)), None)
+
+
+def _fused(names: Iterable[str], model: Architecture) -> Iterator[tuple[tuple[str, ...], Orders]]:
+    """Tensors that trainers fuse into one, and orders in which they are taken for one another's rows."""
+    there = sorted(names)
+    for name in there:
+        if ".q_proj." in name:
+            yield tuple(name.replace("q_proj", f"{one}_proj") for one in "qkv"), _qkv_orders(model)
+        elif ".gate_proj." in name:
+            halves = torch.arange(2 * model.mlp_size).view(2, -1)
+            orders = {
+                "gate and up are swapped": halves.flip(0).reshape(-1),
+                "gate and up were taken for rows in turn, and are one after the other": halves.T.reshape(-1),
+                "gate and up are rows in turn, and were taken for one after the other": halves.view(
+                    -1, 2
+                ).T.reshape(-1),
+            }
+            yield (name, name.replace("gate_proj", "up_proj")), orders
+
+
+def _qkv_orders(model: Architecture) -> Orders:
+    groups, head = model.num_query_groups, model.head_dim
+    rows = torch.arange(model.query_size + 2 * model.key_value_size)
+    parts = rows.split([model.query_size, model.key_value_size, model.key_value_size])
+    grouped = torch.cat([part.view(groups, -1, head) for part in parts], dim=1).reshape(-1)
+    return {
+        "the qkv order: one after the other in the file, and taken for groups": grouped,
+        "the qkv order: by group in the file, and taken for one after the other": grouped.argsort(),
+    }
+
+
+def _orders(name: str, rows: int, model: Architecture) -> Orders:
     head = model.head_dim
-    orders: dict[str, Any] = {}
-    if ".q_proj." in name or ".k_proj." in name:
-        heads = torch.arange(rows).view(-1, head)
-        orders["RoPE halves interleaved (Meta's order) instead of apart (Hugging Face's)"] = (
-            heads.view(-1, 2, head // 2).transpose(1, 2).reshape(-1)
+    if (".q_proj." not in name and ".k_proj." not in name) or rows % head:
+        return {}
+    heads = torch.arange(rows).view(-1, head)
+    orders = {
+        "RoPE halves interleaved (Meta's order) instead of apart (Hugging Face's)": heads.view(
+            -1, 2, head // 2
         )
-        orders["RoPE halves apart (Hugging Face's order) instead of interleaved (Meta's)"] = (
-            heads.view(-1, head // 2, 2).transpose(1, 2).reshape(-1)
+        .transpose(1, 2)
+        .reshape(-1),
+        "RoPE halves apart (Hugging Face's order) instead of interleaved (Meta's)": heads.view(
+            -1, head // 2, 2
         )
-    if ".q_proj." in name:
-        groups = model.num_query_groups
-        queries = torch.arange(rows).view(groups, -1, head)
-        orders["the qkv order: query heads by position instead of by group"] = queries.transpose(
-            0, 1
-        ).reshape(-1)
+        .transpose(1, 2)
+        .reshape(-1),
+    }
+    groups = model.num_query_groups
+    if ".q_proj." in name and rows % (groups * head) == 0:
+        orders["the qkv order: query heads by position instead of by group"] = (
+            heads.view(groups, -1, head).transpose(0, 1).reshape(-1)
+        )
     return orders
