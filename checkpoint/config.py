@@ -19,8 +19,8 @@ class CheckpointConfig(Settings):
     background: bool = Field(default=True, description="Write in a thread while training goes on.")
     load: Path | None = Field(
         default=None,
-        description="Start from this checkpoint: a folder of Ratoon's, a run's folder, or what Megatron, DeepSpeed, "
-        "PyTorch DCP (FSDP) or Hugging Face saved.",
+        description="Start from this checkpoint: a folder of Ratoon's, a run's folder, or what Megatron, "
+        "DeepSpeed, PyTorch DCP (FSDP) or Hugging Face saved.",
     )
     spec: str | None = Field(
         default=None,

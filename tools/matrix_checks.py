@@ -77,8 +77,7 @@ def _same_part(piece: TensorSlice, oracle: Any) -> bool:
 
 def _same(actual: torch.Tensor, oracle: Any, name: str, state: str, *, with_master: bool) -> bool:
     if state == "master" and not with_master:
-        expected = _expected(oracle, name, "weight", torch.bfloat16)
-        expected = None if expected is None else expected.float()
+        expected: torch.Tensor | None = oracle.get_tensor(f"{name}@weight").float()
     else:
         expected = _expected(oracle, name, state, actual.dtype)
     return expected is not None and actual.shape == expected.shape and torch.equal(actual, expected)
