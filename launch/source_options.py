@@ -10,7 +10,9 @@ import typer
 PathArgument = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint of any format: Ratoon's, Megatron's, DeepSpeed's, PyTorch DCP's, Hugging Face's."
+        metavar="PATH",
+        help="A checkpoint of any format: Ratoon's, Megatron's, DeepSpeed's, PyTorch DCP's, Hugging Face's.",
+        show_default=False,
     ),
 ]
 WorkersOption = Annotated[
