@@ -41,7 +41,8 @@ def load(folder: Path, **options: Any) -> Any:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(TOKENS).logits
+        found: torch.Tensor = model(TOKENS).logits
+    return found
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,15 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
     assert "tie_word_embeddings is True" in str(error.value)
 
 
+def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+    convert_model(build_model(FAMILIES["llama"]), tmp_path)
+    folder, manifest = read_manifest(tmp_path / "universal")
+    rest = tuple(tensor for tensor in manifest.tensors if "embed_tokens" not in tensor.name)
+    rewrite(folder, replace(manifest, tensors=rest))
+    with pytest.raises(ValueError, match="it is part of a model, which nothing loads"):
+        prepare(folder, "huggingface", WriteOptions())
+
+
 def test_a_config_that_computes_otherwise_is_refused(tmp_path: Path) -> None:
     folder = convert_model(build_model(FAMILIES["llama"]), tmp_path)
     ours = ModelConfig(hf=str(folder)).resolve(0).model_dump(mode="json")
@@ -100,6 +110,26 @@ def test_a_config_that_computes_otherwise_is_refused(tmp_path: Path) -> None:
         prepare(tmp_path / "universal", "huggingface", WriteOptions(carry=folder))
     assert "rms_norm_eps is 0.5 in config.json" in str(error.value)
     assert "rope_theta is 500000.0 in config.json" in str(error.value)
+
+
+def test_another_stretching_of_rope_is_refused(tmp_path: Path) -> None:
+    folder = convert_model(build_model(FAMILIES["llama 3.1 rope"]), tmp_path)
+    _own_model(tmp_path / "universal", ModelConfig(hf=str(folder)).resolve(0).model_dump(mode="json"))
+    file = folder / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"rope_parameters": raw["rope_parameters"] | {"factor": 32.0}}))
+    with pytest.raises(ValueError, match=r"rope factor is 32.0 in config.json and 8.0 in the checkpoint"):
+        prepare(tmp_path / "universal", "huggingface", WriteOptions(carry=folder))
+
+
+def test_a_config_that_leaves_the_usual_rope_unsaid_goes_along(tmp_path: Path) -> None:
+    """As the files of the first Llama do."""
+    folder = convert_model(build_model(FAMILIES["llama"]), tmp_path)
+    _own_model(tmp_path / "universal", ModelConfig(hf=str(folder)).resolve(0).model_dump(mode="json"))
+    file = folder / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps({key: raw[key] for key in raw if not key.startswith("rope")}))
+    prepare(tmp_path / "universal", "huggingface", WriteOptions(carry=folder))
 
 
 def test_a_config_of_the_same_model_goes_along(tmp_path: Path) -> None:

@@ -59,3 +59,13 @@ def test_a_layout_that_does_not_divide_the_layers_is_refused(tmp_path: Path) -> 
     save(tmp_path / "source", DENSE)
     with pytest.raises(ValueError, match="4 layers do not divide over pipeline = 3"):
         prepare(tmp_path / "source", "ranks", WriteOptions(layout={"pipeline": 3}))
+
+
+def test_weights_are_rounded_where_that_is_asked_for(tmp_path: Path) -> None:
+    save(tmp_path / "source", DENSE)
+    conversion = prepare(tmp_path / "source", "ranks", WriteOptions(layout={"tensor": 2}, dtype="bfloat16"))
+    assert any("rounded to bfloat16" in line for line in conversion.plan.lost)
+    convert(conversion, tmp_path / "cut", drop=True)
+    folder, manifest = read_manifest(tmp_path / "cut")
+    for tensor in manifest.tensors:
+        assert torch.equal(read_whole(folder, tensor), DENSE.value(tensor.name, "weight").bfloat16())
