@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -48,7 +49,7 @@ class Turns:
 
 
 def compete(programs: Sequence[Program], source: Path, rounds: int, *, cold: bool) -> dict[str, Turns]:
-    """Let all take `rounds` turns, one after the other in each round, beginning with another one each time.
+    """Let all take `rounds` turns, one after the other in each round, in another order each time.
 
     Args:
         cold: drop the source from the page cache before every turn; else it is read before.
@@ -57,9 +58,9 @@ def compete(programs: Sequence[Program], source: Path, rounds: int, *, cold: boo
         RuntimeError: a program has failed.
     """
     found = {program.name: Turns() for program in programs}
-    for number in range(rounds):
-        shift = number % len(programs)
-        for program in (*programs[shift:], *programs[:shift]):
+    orders = random.Random(0)
+    for _ in range(rounds):
+        for program in orders.sample(programs, len(programs)):  # who goes before changes what memory is warm
             shutil.rmtree(program.target, ignore_errors=True)
             (drop_from_cache if cold else read_into_cache)(source)
             seconds, anonymous = timed(program.command)
