@@ -1,15 +1,17 @@
 """Megatron `torch_dist`: a folder that megatron-core's `dist_checkpointing.load` loads, on any layout.
 
-It is the folder of an iteration, with the file beside it that tells Megatron-LM which one to load. Weights
-have megatron-core's homogeneous keys, layers stacked; masters and moments the same shapes
-(`fully_reshardable`); groups and arguments are in common.pt. Norms go by two keys with the same bytes: that
-of Transformer Engine's modules, which fuse them with the linear layer behind, and that of a module of their
-own. The vocabulary is not padded: megatron-core lets these tensors be shorter and fills them up with zeros.
+It is the folder of an iteration, or of a release where nothing was trained yet, with the file beside it that
+tells Megatron-LM which one to load. Weights have megatron-core's homogeneous keys, layers stacked, unless
+layers differ; masters and moments the same shapes (`fully_reshardable`); groups and arguments are in
+common.pt. Norms go by two keys with the same bytes: that of Transformer Engine's modules, which fuse them
+with the linear layer behind, and that of a module of their own. The vocabulary is not padded: megatron-core
+lets these tensors be shorter and fills them up with zeros.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -24,7 +26,8 @@ from checkpoint.language.spec import load_spec
 from checkpoint.readers.megatron_files import TRACKER
 from checkpoint.writers.dcp_folder import DcpFolder
 from checkpoint.writers.options import WriteOptions
-from checkpoint.writers.torch_dist_common import Groups, arguments
+from checkpoint.writers.torch_dist_args import SAMPLES, arguments, samples_seen, schedule
+from checkpoint.writers.torch_dist_groups import Groups
 
 if TYPE_CHECKING:
     from checkpoint.opening import Opened
@@ -48,6 +51,8 @@ _NORMS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 _LAYERS = "decoder.layers."
+_OF_FILES = ("padded_vocab_size", "homogeneous_layers")
+"""Facts about how a source's files are laid out."""
 _WITH_EXTRA_STATE = (
     *("input_layernorm", "pre_mlp_layernorm", "self_attention.q_layernorm", "self_attention.k_layernorm"),
     *("self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj"),
@@ -62,16 +67,10 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
 
     Raises:
         SpecError: the naming spec cannot write this model.
-        ValueError: the naming spec gives layers single keys.
     """
     writer = _Writer(opened, options)
     facts = _facts(opened, options, writer.shapes)
     targets = arrange(load_spec(options.spec or SPEC), writer.shapes, facts=facts)
-    single = [target.name for target in targets if re.match(re.escape(_LAYERS) + r"\d", target.name)]
-    if single:
-        raise ValueError(
-            f"{single[0]} and {len(single) - 1} more: layers have to be stacked, as by the spec {SPEC}"
-        )
     for target in targets:
         writer.write_weight(target)
     writer.write_optimizer(targets)
@@ -80,11 +79,12 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
 
 
 def _facts(opened: Opened, options: WriteOptions, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Numbers about the model; padding of the source's vocabulary is not the target's."""
+    """Numbers about the model; padding of the source's vocabulary and its keys are not the target's."""
     model = opened.manifest.state.get("model") or {}
     facts = {key: int(value) for key, value in model.items() if isinstance(value, int)}
-    facts |= {**opened.manifest.state.get("facts", {}), **options.facts}
-    facts.pop("padded_vocab_size", None)
+    facts |= opened.manifest.state.get("facts", {})
+    facts = {key: value for key, value in facts.items() if key not in _OF_FILES} | dict(options.facts)
+    facts.setdefault("homogeneous_layers", int(_alike(shapes)))
     facts.setdefault("gated", int(any(name.endswith(".gate_proj.weight") for name in shapes)))
     layers = [int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))]
     facts.setdefault("num_layers", max(layers, default=-1) + 1)
@@ -99,6 +99,16 @@ def _facts(opened: Opened, options: WriteOptions, shapes: Mapping[str, tuple[int
     return facts
 
 
+def _alike(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether all layers have the same tensors; megatron-core stacks no others."""
+    layers: dict[str, set[str]] = {}
+    for name in shapes:
+        match = re.match(r"model\.layers\.(\d+)\.(.+)", name)
+        if match:
+            layers.setdefault(match[1], set()).add(match[2])
+    return all(names == next(iter(layers.values())) for names in layers.values())
+
+
 class _Writer:
     """Puts a checkpoint into a folder, tensor by tensor."""
 
@@ -110,7 +120,6 @@ class _Writer:
         found = sorted(self._tensors.values(), key=lambda tensor: tensor.state == "weight")
         self.shapes = {t.name: t.shape for t in found if t.state in ("weight", "master")}
         self._groups: Groups | None = None
-        self._iteration = f"iter_{self._manifest.step:07d}"
         said = options.facts.get("expert_model_parallel_size") or options.layout.get("expert")
         self._expert_ranks = said or _expert_ranks(self._manifest.state)
 
@@ -166,43 +175,57 @@ class _Writer:
         """What modules of megatron-core ask for, empty."""
         layers, experts = facts["num_layers"], facts.get("num_experts", 0)
         for layer in range(layers):
+            stacked = facts["homogeneous_layers"]
+            prefix = _LAYERS if stacked else f"{_LAYERS}{layer}."
+            place, count = (f"{layer}", f"{layers}") if stacked else ("0", "1")
             for module in _WITH_EXTRA_STATE:
-                self._item(f"{_LAYERS}{module}._extra_state/shard_{layer}_{layers}")
-            for module in _EXPERTS:
-                for expert in range(experts):
-                    at = f"{layer}.{expert}_{layers}.{experts}"
-                    self._item(f"{_LAYERS}{module}._extra_state/shard_{at}")
+                self._item(f"{prefix}{module}._extra_state/shard_{place}_{count}")
+            lead, leads = (f"{layer}.", f"{layers}.") if stacked else ("", "")
+            for module, expert in itertools.product(_EXPERTS, range(experts)):
+                self._item(f"{prefix}{module}._extra_state/shard_{lead}{expert}_{leads}{experts}")
         self._item("decoder.final_layernorm._extra_state/shard_0_1")
 
     def finish(self, facts: Mapping[str, int]) -> WritePlan:
         """All that is the same on all ranks, and the files."""
-        source = self._manifest.state.get("source") or {}
+        samples = samples_seen(self._manifest, facts)
         common: dict[str, Any] = {
-            "args": arguments(self._manifest, facts, self._dtypes(), self._expert_ranks),
+            "args": arguments(
+                self._manifest, facts, self._dtypes(), expert_ranks=self._expert_ranks, samples=samples
+            ),
             "checkpoint_version": 3.0,
             "iteration": self._manifest.step,
-            "content_metadata": {**(_RESHARDABLE if self._groups else {}), **_CONTENT},
+            "content_metadata": {
+                **(_RESHARDABLE if self._groups else {}),
+                **({} if facts["homogeneous_layers"] else {"non_homogeneous_layers": True}),
+                **_CONTENT,
+            },
         }
         if self._groups:
             common["optimizer"] = self._groups.state()
             self.plan.lost += self._groups.lost
-            if source.get("opt_param_scheduler"):
-                common["opt_param_scheduler"] = source["opt_param_scheduler"]
-        self.plan.notes += self._notes(facts, scheduled="opt_param_scheduler" in common)
+            if samples is not None:
+                settings = self._groups.settings()
+                common["opt_param_scheduler"] = schedule(self._manifest, settings, samples)
+        self.plan.notes += self._notes(facts, samples)
         held = io.BytesIO()
         torch.save(common, held)
-        inside = self._inside({**self._folder.small(), "common.pt": held.getvalue()})
-        self.plan.files = [
-            replace(file, path=f"{self._iteration}/{file.path}") for file in self._folder.files()
-        ]
-        self.plan.small |= inside | {TRACKER: str(self._manifest.step).encode()}
-        self.plan.last = lambda _: self._inside(
-            {**self._folder.index(), "metadata.json": json.dumps(_CONFIG).encode()}
-        )
+        self._place({**self._folder.small(), "common.pt": held.getvalue()})
         return self.plan
 
-    def _inside(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
-        return {f"{self._iteration}/{name}": content for name, content in files.items()}
+    def _place(self, small: Mapping[str, bytes]) -> None:
+        """Put all files into the folder that Megatron-LM looks for; it refuses an iteration 0."""
+        step = self._manifest.step
+        is_release = step == 0 and self._groups is None
+        folder = "release" if is_release else f"iter_{step:07d}"
+
+        def inside(files: Mapping[str, bytes]) -> dict[str, bytes]:
+            return {f"{folder}/{name}": content for name, content in files.items()}
+
+        self.plan.files = [replace(file, path=f"{folder}/{file.path}") for file in self._folder.files()]
+        self.plan.small |= {**inside(small), TRACKER: (b"release" if is_release else str(step).encode())}
+        self.plan.last = lambda _: inside(
+            {**self._folder.index(), "metadata.json": json.dumps(_CONFIG).encode()}
+        )
 
     def _add(self, name: str, dtype: str, target: Arranged, state: str) -> None:
         self._folder.add_tensor((name,), dtype, target.shape, state=state, parts=target.parts)
@@ -226,15 +249,24 @@ class _Writer:
             return {self._dtype}
         return {tensor.dtype for tensor in self._manifest.tensors if tensor.state == "weight"}
 
-    def _notes(self, facts: Mapping[str, int], *, scheduled: bool) -> list[str]:
-        notes = ["random states belong to a layout and are not written: load with --no-load-rng"]
+    def _notes(self, facts: Mapping[str, int], samples: int | None) -> list[str]:
+        notes = ["random states belong to a layout and are not written"]
         if self._groups is None:
-            notes.append("no state of an optimizer is written: load with --no-load-optim")
+            if self._manifest.step:
+                notes.append("no state of an optimizer is written: load with --finetune or --no-load-optim")
             return notes
-        if not scheduled:
+        source = self._manifest.state.get("source") or {}
+        if samples is None:
             notes.append(
-                "the source has no scheduler of Megatron-LM's, which counts samples: none is written, so "
-                "that Megatron-LM itself, unlike megatron-core, loads no optimizer from here"
+                "the source does not say how many sequences it has read, which Megatron-LM's scheduler "
+                f"counts: give --fact {SAMPLES}=N; without it Megatron-LM itself, unlike megatron-core, "
+                "loads no optimizer from here"
+            )
+        elif not source.get("opt_param_scheduler"):
+            notes.append(
+                "the source has no scheduler of Megatron-LM's: the one written keeps the last learning rate; "
+                "load with --override-opt-param-scheduler for that of the command line, or "
+                "--use-checkpoint-opt-param-scheduler for this one"
             )
         if not self._groups.is_said:
             notes.append(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from checkpoint.convert.run import convert, prepare
 from checkpoint.manifest import LogicalTensor, Manifest
@@ -15,12 +19,13 @@ from checkpoint.opening import open_checkpoint
 from checkpoint.readers.dcp_metadata import read_dcp_metadata
 from checkpoint.whole import read_whole
 from checkpoint.writers.options import WriteOptions
-from checkpoint.writers.torch_dist_common import Groups
+from checkpoint.writers.torch_dist_groups import Groups
 from parallel.layout import Layout
 from tests.foreign import dcp, deepspeed, huggingface, native
-from tests.foreign.megatron import ITERATION, SAMPLES, Dist, Run, load_and_step, save_torch
-from tests.foreign.oracle import STATES, STEP, Oracle
+from tests.foreign.megatron import ITERATION, SAMPLES, Dist, Run, load_and_step, save_torch, save_torch_dist
+from tests.foreign.oracle import LR, STATES, STEP, WEIGHT_DECAY, Oracle
 from tests.foreign.test_megatron import wrong
+from tests.ranks import run_ranks
 
 BF16, FP32 = Oracle(precision="bf16"), Oracle()
 TIED, EXPERTS = Oracle(precision="bf16", tied=True), Oracle(precision="bf16", experts=4)
@@ -102,14 +107,16 @@ def test_our_reader_finds_the_oracle_in_it(oracle: Oracle, tmp_path: Path) -> No
     assert all(torch.equal(tensor, oracle.value(*key)) for key, tensor in held.items())
 
 
-def test_weights_alone_say_so(tmp_path: Path) -> None:
+def test_weights_alone_are_a_release(tmp_path: Path) -> None:
     huggingface.save(tmp_path / "source", BF16)
     conversion = prepare(tmp_path / "source", "torch_dist", WriteOptions())
     assert conversion.plan.lost == []
-    assert any("--no-load-optim" in note for note in conversion.plan.notes)
     convert(conversion, tmp_path / "target")
+    assert (tmp_path / "target" / "latest_checkpointed_iteration.txt").read_text() == "release"
     opened = open_checkpoint(tmp_path / "target")
     assert {tensor.state for tensor in opened.manifest.tensors} == {"weight"}
+    args = common(tmp_path / "target" / "release")["args"]
+    assert (args.position_embedding_type, args.rotary_base, args.normalization) == ("rope", 10000, "RMSNorm")
 
 
 def test_a_checkpoint_of_megatron_keeps_its_scheduler_and_arguments(tmp_path: Path) -> None:
@@ -119,7 +126,95 @@ def test_a_checkpoint_of_megatron_keeps_its_scheduler_and_arguments(tmp_path: Pa
     convert(conversion, tmp_path / "target")
     source = open_checkpoint(tmp_path / "target").manifest.state["source"]
     assert source["opt_param_scheduler"]["num_steps"] == source["args"]["consumed_train_samples"] == SAMPLES
-    assert source["args"]["padded_vocab_size"] == BF16.vocab
+
+
+def common(folder: Path) -> dict[str, Any]:
+    held = torch.load(folder / "common.pt", weights_only=False)
+    assert isinstance(held, dict)
+    return held
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_scheduler_of_megatron_goes_on_behind_the_samples_seen(own: bool, tmp_path: Path) -> None:
+    folder = written(tmp_path, BF16, from_ratoon, consumed_train_samples=SAMPLES) / ITERATION
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "wd_mult": 1.0, "lr_mult": 1.0}
+    optimizer = torch.optim.SGD([group])
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=2 * LR,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=2 * SAMPLES,
+        lr_decay_style="linear",
+        start_wd=0.0,
+        end_wd=0.0,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=not own,
+        override_opt_param_scheduler=own,
+    )
+    held = common(folder)
+    scheduler.load_state_dict(held["opt_param_scheduler"])
+    scheduler.step(0)  # loading sets the weight decay only for the next step
+    assert scheduler.num_steps == held["args"].consumed_train_samples == SAMPLES
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(LR)  # the line is halfway down
+    assert optimizer.param_groups[0]["weight_decay"] == (0.0 if own else WEIGHT_DECAY)
+
+
+def test_without_samples_there_is_no_scheduler_and_the_remedy_is_named(tmp_path: Path) -> None:
+    from_ratoon(tmp_path / "source", BF16)
+    conversion = prepare(tmp_path / "source", "torch_dist", WriteOptions())
+    assert any("--fact consumed_train_samples=N" in note for note in conversion.plan.notes)
+    convert(conversion, tmp_path / "target")
+    assert "opt_param_scheduler" not in common(tmp_path / "target" / ITERATION)
+
+
+def test_layers_with_keys_of_their_own_are_stacked(tmp_path: Path) -> None:
+    save_torch_dist(tmp_path / "source", BF16, Run(), Dist(homogeneous=False))
+    convert(prepare(tmp_path / "source", "torch_dist", WriteOptions()), tmp_path / "target")
+    assert (
+        "decoder.layers.mlp.linear_fc2.weight" in read_dcp_metadata(tmp_path / "target" / ITERATION).tensors
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("oracle", "run"), [(BF16, TP2_PP2), (EXPERTS, EP2)])
+def test_layers_are_given_keys_of_their_own_on_demand(oracle: Oracle, run: Run, tmp_path: Path) -> None:
+    folder = written(tmp_path, oracle, from_ratoon, homogeneous_layers=0)
+    stepped = load_and_step(folder / ITERATION, oracle, run, Dist("fully_reshardable", homogeneous=False))
+    assert wrong(stepped, oracle) == set()
+
+
+def test_layers_that_differ_have_keys_of_their_own(tmp_path: Path) -> None:
+    huggingface.save(tmp_path / "source", EXPERTS)
+    opened = open_checkpoint(tmp_path / "source")
+    manifest = opened.manifest
+    dense = tuple(t for t in manifest.tensors if ".layers.0.mlp." not in t.name)
+    mixed = replace(opened, manifest=replace(manifest, tensors=dense))
+    convert(prepare(mixed, "torch_dist", WriteOptions()), tmp_path / "target", verify=False)
+    tensors = read_dcp_metadata(tmp_path / "target" / "release").tensors
+    assert tensors["decoder.layers.1.mlp.experts.experts.linear_fc2.weight"].shape == (4, 192, 72)
+    assert common(tmp_path / "target" / "release")["content_metadata"]["non_homogeneous_layers"]
+
+
+TE_MODULES = ("self_attention.linear_qkv", "self_attention.core_attention", "mlp.linear_fc2")
+
+
+def load_extra_states(folder: str) -> list[Any]:
+    wanted = {
+        f"{module}/{layer}": ShardedObject(f"decoder.layers.{module}._extra_state", None, (4,), (layer,))
+        for module in TE_MODULES
+        for layer in range(4)
+    }
+    wanted["norm"] = ShardedObject("decoder.final_layernorm._extra_state", None, (1,), (0,))
+    loaded = dist_checkpointing.load(wanted, folder)
+    return [loaded[key] for key in wanted]
+
+
+def test_modules_of_transformer_engine_find_their_extra_state(tmp_path: Path) -> None:
+    folder = written(tmp_path, BF16, from_ratoon) / ITERATION
+    assert run_ranks(load_extra_states, 1, str(folder)) == [[None] * 13]
 
 
 def test_norms_have_the_keys_of_both_kinds_of_modules_and_one_copy_of_the_bytes(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""What megatron-core and Megatron-LM ask for in common.pt: parameter groups, and arguments of the model."""
+"""The parameter groups of an optimizer as megatron-core asks for them in common.pt."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from checkpoint.manifest import Manifest
@@ -11,29 +10,6 @@ from checkpoint.writers.dcp_optimizer import OptimizerValues
 
 _MEANING = ("lr", "betas", "eps", "weight_decay")
 _DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-_ARGUMENTS = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_query_groups",
-    "head_dim": "kv_channels",
-    "vocab_size": "vocab_size",
-    "num_experts": "num_experts",
-    "moe_ffn_hidden_size": "moe_ffn_hidden_size",
-    "experts_per_token": "moe_router_topk",
-    "max_position_embeddings": "max_position_embeddings",
-}
-"""Fact -> Megatron-LM's word."""
-_MODEL = {
-    "normalization": "normalization",
-    "norm_epsilon": "norm_epsilon",
-    "qk_norm": "qk_layernorm",
-    "qkv_bias": "add_qkv_bias",
-    "linear_bias": "add_bias_linear",
-    "rope_theta": "rotary_base",
-}
-"""Ratoon's word in a model's description -> Megatron-LM's."""
 
 
 class _Identity(NamedTuple):
@@ -109,6 +85,10 @@ class Groups:
         )
         return {number: self._optimizer(part) for number, part in enumerate(parts)}
 
+    def settings(self) -> list[dict[str, Any]]:
+        """Of all groups, after `state`."""
+        return [{**_DEFAULTS, **settings} for settings in self._settings.values()]
+
     def _decays(self) -> bool:
         """Whether the source decays anything: otherwise all groups have a weight decay of zero."""
         groups = self._manifest.state.get("groups") or []
@@ -128,7 +108,7 @@ class Groups:
             {
                 "bias_correction": True,
                 "default_config": True,
-                **({} if self.is_said else _DEFAULTS),
+                **_DEFAULTS,
                 **self._settings[identity],
                 **identity._asdict(),
                 "step": step,
@@ -136,38 +116,3 @@ class Groups:
             for identity in sorted(identities, reverse=True)
         ]
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
-
-
-def arguments(
-    manifest: Manifest, facts: Mapping[str, int], dtypes: set[str], expert_ranks: int | None
-) -> Namespace:
-    """Megatron-LM's arguments as far as they are known: the source's own, and what its numbers say.
-
-    Args:
-        dtypes: of the weights.
-        expert_ranks: that the groups are for; None: any but one.
-    """
-    source = (manifest.state.get("source") or {}).get("args") or {}
-    model = manifest.state.get("model") or {}
-    known: dict[str, Any] = {word: model[key] for key, word in _MODEL.items() if key in model}
-    known |= {word: facts[fact] for fact, word in _ARGUMENTS.items() if fact in facts}
-    if "num_query_groups" in known:
-        known["group_query_attention"] = True
-    if "vocab_size" in known:
-        known["padded_vocab_size"] = known["vocab_size"]
-    said = {
-        "add_position_embedding": True,
-        "swiglu": bool(facts.get("gated")),
-        "untie_embeddings_and_output_weights": not facts.get("tie_word_embeddings"),
-        "bf16": dtypes == {"bfloat16"},
-        "fp16": dtypes == {"float16"},
-        "use_distributed_optimizer": True,
-        "iteration": manifest.step,
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": None,
-        "context_parallel_size": 1,
-        "expert_model_parallel_size": expert_ranks,
-        "expert_tensor_parallel_size": 1,
-    }
-    return Namespace(**{"consumed_train_samples": 0, "consumed_valid_samples": 0, **source, **said, **known})
