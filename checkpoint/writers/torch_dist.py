@@ -213,7 +213,7 @@ class _Writer:
         return self.plan
 
     def _place(self, small: Mapping[str, bytes]) -> None:
-        """Put all files into the folder that Megatron-LM looks for; it refuses an iteration 0."""
+        """Put all files into the folder that Megatron-LM looks for; older ones refuse an iteration 0."""
         step = self._manifest.step
         is_release = step == 0 and self._groups is None
         folder = "release" if is_release else f"iter_{step:07d}"

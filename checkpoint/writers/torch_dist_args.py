@@ -95,6 +95,8 @@ def samples_seen(manifest: Manifest, facts: Mapping[str, int]) -> int | None:
         return facts[SAMPLES]
     source, data = manifest.state.get("source") or {}, manifest.state.get("data") or {}
     found = (source.get("args") or {}).get(SAMPLES) or source.get("global_samples")
+    if found is None:
+        found = (source.get("opt_param_scheduler") or {}).get("num_steps")
     if found is None and data.get("sequence_length"):
         found = sum(each["tokens"] for each in data.get("sources", [])) // data["sequence_length"]
     return int(found) if found is not None else None
