@@ -18,9 +18,9 @@ from checkpoint import peers
 from checkpoint.fill import plan_filling
 from checkpoint.manifest import Manifest, RankBlob
 from checkpoint.opening import RATOON, Opened, open_checkpoint
-from checkpoint.report import verify_tensors
 from checkpoint.rounding import rounding_faults
 from checkpoint.selection import Selection, select
+from checkpoint.verification.report import verify_tensors
 from checkpoint.verify import blob_extents, damage
 from parallel.slices import TensorSlice
 
@@ -39,7 +39,8 @@ class LoadedState:
         path: the folder that was read.
         run_id: of the run that saved it: a `Saver` that goes on with this run takes it. None for a checkpoint
             of another trainer.
-        state: as it was saved, see `Manifest`; of another trainer's checkpoint see `checkpoint.assemble`.
+        state: as it was saved, see `Manifest`; of another trainer's checkpoint see
+            `checkpoint.assembly.assemble`.
         same_layout: whether the checkpoint was saved on the layout that reads it.
         rank_state: this rank's bytes; empty unless `same_layout`.
         derived: states that were filled from another one on any rank, e.g. {"master": "weight"}.

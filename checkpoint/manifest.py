@@ -112,7 +112,7 @@ class Manifest:
 
     `state` holds what is not a tensor and is JSON: by convention under the keys `parameter_groups`,
     `scalars`, `schedule`, `data` (the position), `config`, `layout`, `versions` and `lineage`; that of
-    another trainer's checkpoint as `checkpoint.assemble` says.
+    another trainer's checkpoint as `checkpoint.assembly.assemble` says.
     """
 
     step: int

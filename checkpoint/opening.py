@@ -151,7 +151,7 @@ def _spec(source: Source, wanted: Path | str | None) -> tuple[Spec, str]:
 
 
 def _assembled(source: Source, spec: Spec, why: str, facts: Mapping[str, int] | None) -> Opened:
-    from checkpoint.assemble import assemble
+    from checkpoint.assembly.assemble import assemble
 
     manifest = assemble(source, spec)
     placed = ", and tensors lie on ranks as the checkpoint's own metadata says" if spec.placement else ""

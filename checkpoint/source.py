@@ -2,7 +2,7 @@
 
 A reader knows a format's files; it knows no model. It gives every stored tensor the source's own name and
 shape, and says of which file which bytes are which box of it. The language (`checkpoint.language`) then maps
-source tensors to logical ones, and `checkpoint.assemble` makes a `Manifest` of both.
+source tensors to logical ones, and `checkpoint.assembly.assemble` makes a `Manifest` of both.
 """
 
 from __future__ import annotations

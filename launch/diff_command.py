@@ -17,7 +17,7 @@ from launch.source_options import FactsOption, SpecOption, WorkersOption, parse_
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from checkpoint.diff import TensorDifference
+    from checkpoint.verification.diff import TensorDifference
 
 _SHOWN = 40
 
@@ -37,9 +37,9 @@ def diff(
     """
     from rich.console import Console
 
-    from checkpoint.diff import diff_checkpoints
     from checkpoint.folder import is_ratoon
     from checkpoint.opening import open_checkpoint
+    from checkpoint.verification.diff import diff_checkpoints
 
     facts = parse_facts(fact)
     of_a = not is_ratoon(a)

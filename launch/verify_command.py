@@ -16,8 +16,8 @@ from launch.source_options import FactsOption, PathArgument, SpecOption, Workers
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from checkpoint.finding import Finding, Report
     from checkpoint.opening import Opened
+    from checkpoint.verification.finding import Finding, Report
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 _SHOWN = 40
@@ -49,9 +49,9 @@ def verify(
 
 def run_verification(path: Path, spec: str | None, facts: dict[str, int], workers: int | None) -> Report:
     """The report, with a progress bar while it is made."""
-    from checkpoint.finding import Finding, Report
     from checkpoint.opening import UnreadableError, open_checkpoint
-    from checkpoint.report import verify_checkpoint
+    from checkpoint.verification.finding import Finding, Report
+    from checkpoint.verification.report import verify_checkpoint
 
     try:
         opened = open_checkpoint(path, spec=spec, facts=facts)

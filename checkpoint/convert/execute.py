@@ -15,12 +15,12 @@ from threading import Event, Lock
 import numpy as np
 import xxhash
 
-from checkpoint.bits import Bits
 from checkpoint.boxes import Box
 from checkpoint.convert.gather import Gatherer, Tensors, empty_panel
 from checkpoint.convert.journal import Journal
 from checkpoint.convert.output import OutputFile, Region, WritePlan
-from checkpoint.panels import Files, cut
+from checkpoint.streaming.bits import Bits
+from checkpoint.streaming.panels import Files, cut
 
 PANEL_BYTES = 1 << 22  # 1 to 8 MiB are as fast as each other, and as the kernel's own copying
 POOL_BYTES = 1 << 24  # for the panels of all threads

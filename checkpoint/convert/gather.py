@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from checkpoint.bits import Bits, as_floats, bits_type, rounded
-from checkpoint.box_reader import BoxReader
 from checkpoint.boxes import Box
 from checkpoint.convert.output import Region
 from checkpoint.manifest import ITEM_SIZES, LogicalTensor
-from checkpoint.panels import Files
 from checkpoint.plan import Copy, plan
 from checkpoint.source import Part
+from checkpoint.streaming.bits import Bits, as_floats, bits_type, rounded
+from checkpoint.streaming.box_reader import BoxReader
+from checkpoint.streaming.panels import Files
 
 Tensors = Mapping[tuple[str, str], LogicalTensor]
 

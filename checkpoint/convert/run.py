@@ -15,11 +15,11 @@ from checkpoint.convert.execute import WORKERS, Progress, Written, execute, peak
 from checkpoint.convert.files import changed, stamps
 from checkpoint.convert.journal import JOURNAL, Journal, plan_key, region_extents
 from checkpoint.convert.output import WritePlan
-from checkpoint.finding import Finding
 from checkpoint.folder import WRITING, sync_folder, write_durably, writing
 from checkpoint.manifest import ITEM_SIZES, LogicalTensor
 from checkpoint.opening import Opened, open_checkpoint
-from checkpoint.report import verify_checkpoint
+from checkpoint.verification.finding import Finding
+from checkpoint.verification.report import verify_checkpoint
 from checkpoint.verify import damage
 from checkpoint.writers.options import WriteOptions
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from checkpoint.bits import Bits, rounded
+from checkpoint.streaming.bits import Bits, rounded
 
 ALIGNMENT = 64
 """Elements; a parameter's start counted from its bucket's."""

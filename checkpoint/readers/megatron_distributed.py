@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from checkpoint.archive.file_tensor import FileTensor
 from checkpoint.boxes import Box
 from checkpoint.manifest import Piece
-from checkpoint.panels import Files
 from checkpoint.readers.megatron_buffers import Located, locate
 from checkpoint.readers.megatron_model import Parameter
+from checkpoint.streaming.panels import Files
 
 _MASTER = "param"
 _SIZE = "numel_unpadded"

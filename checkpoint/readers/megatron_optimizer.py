@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoint.archive.file_tensor import FileTensor
-from checkpoint.panels import Files
 from checkpoint.readers.deepspeed_state import Numbers
 from checkpoint.readers.megatron_buffers import compare
 from checkpoint.readers.megatron_distributed import FileRun, Found
 from checkpoint.readers.megatron_model import Parameter
+from checkpoint.streaming.panels import Files
 
 _INNER = ("optimizer", "optimizer_state_dict")
 _MASTERS = ("fp32_from_fp16_params", "fp32_from_fp16")

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint.bits import rounded
 from checkpoint.boxes import Box
 from checkpoint.manifest import Piece
-from checkpoint.panels import Files
 from checkpoint.readers.torch_dist_layout import BufferPlace, buffers_of
 from checkpoint.readers.torch_dist_model import Model, Slot, orders
 from checkpoint.readers.torch_dist_shards import Shard, ShardRun, Whole, collect
 from checkpoint.readers.torch_dist_shift import Packed, Savings, Search, Start, packed_of
+from checkpoint.streaming.bits import rounded
+from checkpoint.streaming.panels import Files
 
 MASTER = "master"
 CAUSE = "bucket padding shifted: megatron-core before PR 5077"

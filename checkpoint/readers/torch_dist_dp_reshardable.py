@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint.manifest import Piece
-from checkpoint.panels import Files
 from checkpoint.readers.megatron_buffers import ALIGNMENT, Doubt, Located, locate
 from checkpoint.readers.megatron_files import Degrees
 from checkpoint.readers.torch_dist_model import Chunk, Model, Place, Slot, orders
 from checkpoint.readers.torch_dist_shards import BufferRun, Shard, ShardRun, Whole, collect
 from checkpoint.source import SourceTensor
+from checkpoint.streaming.panels import Files
 
 _KEY = re.compile(
     r"(?:chained_(?P<chained>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint.bits import Bits, bits_type
 from checkpoint.boxes import Box, BoxIndex
 from checkpoint.manifest import ITEM_SIZES, Piece
-from checkpoint.panels import Files
+from checkpoint.streaming.bits import Bits, bits_type
+from checkpoint.streaming.panels import Files
 from parallel.slices import flat_range_boxes
 
 

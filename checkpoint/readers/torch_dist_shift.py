@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint.bits import Bits, rounded
 from checkpoint.boxes import Box
 from checkpoint.manifest import Piece
-from checkpoint.panels import Files
 from checkpoint.readers.megatron_buffers import ALIGNMENT
 from checkpoint.readers.torch_dist_shards import Shard, ShardRun, Whole, part_of
+from checkpoint.streaming.bits import Bits, rounded
+from checkpoint.streaming.panels import Files
 
 _COMPARED = 1024  # elements of each run
 _PATIENCE = 64  # places tried for each parameter before a search is given up

@@ -17,7 +17,7 @@ class OptimizerValues:
     """Numbers and settings by target parameter, from a manifest's state.
 
     Args:
-        state: of the manifest, see `checkpoint.assemble`.
+        state: of the manifest, see `checkpoint.assembly.assemble`.
         words: states that its tensors have.
 
     Attributes:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.assemble import from_placed
+from checkpoint.assembly.assemble import from_placed
+from checkpoint.assembly.compose import compose_all
 from checkpoint.boxes import Box, cover_fault
-from checkpoint.compose import compose_all
 from checkpoint.language.place import Placed
 from checkpoint.manifest import LogicalTensor, Piece
 from checkpoint.plan import row_major

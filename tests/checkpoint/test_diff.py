@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.diff import TensorDifference, diff_checkpoints
 from checkpoint.manifest import Manifest, Piece
 from checkpoint.opening import Opened
+from checkpoint.verification.diff import TensorDifference, diff_checkpoints
 from tests.checkpoint.models import Grid, Key, make_tensors, rewrite, save_all_ranks
 
 EMBED = "model.embed_tokens.weight"

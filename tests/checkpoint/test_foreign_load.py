@@ -15,8 +15,8 @@ from checkpoint.boxes import Box
 from checkpoint.load import LoadedState, load
 from checkpoint.manifest import LogicalTensor, Manifest, Piece
 from checkpoint.opening import Opened, open_checkpoint
-from checkpoint.report import verify_checkpoint
 from checkpoint.source import Source
+from checkpoint.verification.report import verify_checkpoint
 from parallel.slices import TensorSlice
 from tests.checkpoint.models import Grid, Key, assert_equal, slices_of
 from tests.foreign import dcp, deepspeed, huggingface

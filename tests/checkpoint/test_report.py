@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from checkpoint.boxes import Box
-from checkpoint.finding import Finding, Report
 from checkpoint.folder import COMPLETE
 from checkpoint.load import load
 from checkpoint.manifest import LogicalTensor, Manifest, Piece
 from checkpoint.opening import Opened
-from checkpoint.report import verify_checkpoint
+from checkpoint.verification.finding import Finding, Report
+from checkpoint.verification.report import verify_checkpoint
 from tests.checkpoint.models import Grid, Key, empty_slices, make_tensors, rewrite, save_all_ranks
 
 EMBED = "model.embed_tokens.weight"
@@ -337,8 +337,8 @@ def test_one_number_of_workers_finds_what_another_does(tmp_path: Path) -> None:
 
 def test_it_imports_no_torch(saved: Saved) -> None:
     program = (
-        "import sys\nfrom checkpoint.report import verify_checkpoint\n"
-        "from checkpoint.diff import diff_checkpoints\n"
+        "import sys\nfrom checkpoint.verification.report import verify_checkpoint\n"
+        "from checkpoint.verification.diff import diff_checkpoints\n"
         f"assert verify_checkpoint({str(saved[0])!r}).is_sound\n"
         f"assert all(d.is_equal for d in diff_checkpoints({str(saved[0])!r}, {str(saved[0])!r}))\n"
         "assert not {'torch', 'megatron', 'transformers', 'deepspeed'} & set(sys.modules)"
@@ -356,7 +356,7 @@ def test_memory_is_bounded_whatever_the_size(megabytes: int, tmp_path: Path) -> 
     }
     path, _ = save_all_ranks(tmp_path, tensors, Grid())
     program = (
-        "from checkpoint.report import verify_checkpoint\n"
+        "from checkpoint.verification.report import verify_checkpoint\n"
         f"report = verify_checkpoint({str(path)!r})\n"
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
         "print(int(report.is_sound), int(status['VmHWM'].split()[0]) - int(status['RssFile'].split()[0]))"

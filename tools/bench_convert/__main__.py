@@ -1,6 +1,6 @@
 """Conversion and resharding, beside the trainers' own tools, on a genuine ZeRO-2 checkpoint.
 
-    python -m tools.bench_convert [--gb 1.5] [--rounds 3] [--folder FOLDER] [--only convert|load]
+    python -m tools.bench_convert [--gb 1.5] [--rounds 5] [--folder FOLDER] [--only convert|load]
 
 Needs about four times the checkpoint on the disk that FOLDER is on (by default the system's for temporary
 files). All programs take turns in one run, cold (the source dropped from the page cache, which is checked)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="bench_convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gb", type=float, default=1.5, help="size of the checkpoint")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--only", choices=("convert", "load"), default=None)
     chosen = parser.parse_args(arguments)

@@ -16,9 +16,9 @@ import pytest
 from checkpoint.convert.execute import execute, peak_bytes
 from checkpoint.convert.journal import JOURNAL
 from checkpoint.convert.run import Conversion, convert, prepare
-from checkpoint.diff import diff_checkpoints
 from checkpoint.folder import remove_leftovers
-from checkpoint.report import verify_checkpoint
+from checkpoint.verification.diff import diff_checkpoints
+from checkpoint.verification.report import verify_checkpoint
 from checkpoint.writers.options import WriteOptions
 from tests.checkpoint.models import Grid, make_tensors, save_all_ranks
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint.bits import rounded
 from checkpoint.boxes import Box
 from checkpoint.opening import open_checkpoint
-from checkpoint.panels import Files
 from checkpoint.readers.torch_dist import read
 from checkpoint.readers.torch_dist_shards import Whole
+from checkpoint.streaming.bits import rounded
+from checkpoint.streaming.panels import Files
 from tests.foreign import model_space
 from tests.foreign.model_space.values import PADDED_VOCAB, SHAPES, STEP, value
 

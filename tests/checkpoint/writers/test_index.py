@@ -15,8 +15,8 @@ from checkpoint.folder import read_manifest
 from checkpoint.load import load
 from checkpoint.manifest import LogicalTensor, Manifest, Piece
 from checkpoint.opening import Opened, open_checkpoint
-from checkpoint.report import verify_checkpoint
 from checkpoint.source import Source
+from checkpoint.verification.report import verify_checkpoint
 from checkpoint.whole import read_whole
 from checkpoint.writers.options import WriteOptions
 from tests.checkpoint.models import Grid, assert_equal, empty_slices, make_tensors, save_all_ranks, slices_of

@@ -9,7 +9,7 @@ import torch
 
 from checkpoint.convert.run import convert, prepare
 from checkpoint.folder import read_manifest
-from checkpoint.report import verify_checkpoint
+from checkpoint.verification.report import verify_checkpoint
 from checkpoint.whole import read_whole
 from checkpoint.writers.options import WriteOptions
 from tests.foreign.huggingface import save

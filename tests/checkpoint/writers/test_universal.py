@@ -17,7 +17,7 @@ from checkpoint.folder import find_latest, read_manifest
 from checkpoint.load import load
 from checkpoint.manifest import LogicalTensor, Manifest, Piece
 from checkpoint.opening import open_checkpoint
-from checkpoint.report import verify_checkpoint
+from checkpoint.verification.report import verify_checkpoint
 from checkpoint.whole import read_whole
 from checkpoint.writers.options import WriteOptions
 from tests.checkpoint.models import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from checkpoint.checks import Difference
+from checkpoint.verification.checks import Difference
 
 MISSING = "the file was not copied, or removed since"
 TRUNCATED = "an interrupted copy, upload or save"

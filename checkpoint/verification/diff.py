@@ -10,14 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from checkpoint.ahead import run_ahead
-from checkpoint.bits import Bits, as_floats, rounded
-from checkpoint.box_reader import BoxReader
 from checkpoint.boxes import Box
 from checkpoint.manifest import ITEM_SIZES, PARAMETER_STATES, LogicalTensor, Manifest
 from checkpoint.opening import Opened, open_checkpoint
-from checkpoint.panels import PANEL_BYTES, Files, cut
-from checkpoint.sweep import TASK_BYTES, WORKERS, Progress
+from checkpoint.streaming.ahead import run_ahead
+from checkpoint.streaming.bits import Bits, as_floats, rounded
+from checkpoint.streaming.box_reader import BoxReader
+from checkpoint.streaming.panels import PANEL_BYTES, Files, cut
+from checkpoint.verification.sweep import TASK_BYTES, WORKERS, Progress
 from checkpoint.verify import cover_problem
 
 Verdict = Literal["equal", "equal after rounding", "different", "only in A", "only in B", "shape", "damaged"]

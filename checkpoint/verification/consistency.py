@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from checkpoint import causes
-from checkpoint.finding import Check, Finding, Severity
 from checkpoint.manifest import PARAMETER_STATES, LogicalTensor, Manifest
+from checkpoint.verification import causes
+from checkpoint.verification.finding import Check, Finding, Severity
 
 Shape = tuple[int, ...]
 

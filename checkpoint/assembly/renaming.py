@@ -20,7 +20,7 @@ class Renamed:
     A source's parameter that is several logical ones (a fused qkv) passes its numbers and its group to each.
 
     Attributes:
-        scalars, groups, per_parameter: see `checkpoint.assemble`.
+        scalars, groups, per_parameter: see `checkpoint.assembly.assemble`.
         left_out: names that no tensor has, a line for each group or state that has some.
     """
 

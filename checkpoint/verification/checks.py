@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from checkpoint.bits import Bits, as_floats, negative, nonfinite, rounded
 from checkpoint.boxes import Box, BoxIndex
 from checkpoint.manifest import LogicalTensor, Piece
-from checkpoint.panels import Files, sub_box
+from checkpoint.streaming.bits import Bits, as_floats, negative, nonfinite, rounded
+from checkpoint.streaming.panels import Files, sub_box
 
 _PLACES = 3
 _WINDOW = 32  # numbers in a row that are taken for the same place when they are equal

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.bits import Bits, bits_type
 from checkpoint.boxes import Box
 from checkpoint.manifest import ITEM_SIZES, Piece
 from checkpoint.plan import row_major
+from checkpoint.streaming.bits import Bits, bits_type
 
 PANEL_BYTES = 1 << 21  # of one read: fits into a core's cache together with what is made of it
 GAP_BYTES = 1 << 14  # shorter gaps are read through

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.compose import compose_all
-from checkpoint.joining import Copies, Joined, coordinates
+from checkpoint.assembly.compose import compose_all
+from checkpoint.assembly.joining import Copies, Joined, coordinates
+from checkpoint.assembly.renaming import Renamed
 from checkpoint.manifest import Manifest, no_collection
-from checkpoint.renaming import Renamed
 from checkpoint.source import Source, plain_part
 
 if TYPE_CHECKING:

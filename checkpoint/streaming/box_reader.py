@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from checkpoint.bits import Bits, as_floats, bits_type
 from checkpoint.boxes import Box, BoxIndex
 from checkpoint.manifest import LogicalTensor, Piece
-from checkpoint.panels import Files, sub_box
+from checkpoint.streaming.bits import Bits, as_floats, bits_type
+from checkpoint.streaming.panels import Files, sub_box
 
 
 class BoxReader:

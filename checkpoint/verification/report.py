@@ -14,14 +14,14 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from checkpoint import causes
-from checkpoint.checks import Checker, Difference, Tally, weight_of
-from checkpoint.consistency import consistency
-from checkpoint.finding import Finding, Report, number
 from checkpoint.manifest import ITEM_SIZES, LogicalTensor, Manifest, Piece
 from checkpoint.opening import Opened, UnreadableError, open_checkpoint
-from checkpoint.panels import is_dense
-from checkpoint.sweep import WORKERS, Key, Progress, sweep
+from checkpoint.streaming.panels import is_dense
+from checkpoint.verification import causes
+from checkpoint.verification.checks import Checker, Difference, Tally, weight_of
+from checkpoint.verification.consistency import consistency
+from checkpoint.verification.finding import Finding, Report, number
+from checkpoint.verification.sweep import WORKERS, Key, Progress, sweep
 from checkpoint.verify import Extent, blob_extents, cover_problem, damage
 
 _NAMED = 5  # tensors in the words of a finding; all of them are in its list

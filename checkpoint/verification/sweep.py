@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from checkpoint.ahead import run_ahead
 from checkpoint.boxes import Box
-from checkpoint.checks import Checker, Tally
 from checkpoint.manifest import ITEM_SIZES, Piece
-from checkpoint.panels import Files, is_dense, panels
 from checkpoint.plan import row_major
+from checkpoint.streaming.ahead import run_ahead
+from checkpoint.streaming.panels import Files, is_dense, panels
+from checkpoint.verification.checks import Checker, Tally
 
 Key = tuple[str, str]
 Progress = Callable[[int, int], None]

@@ -1,0 +1,1 @@
+"""Passing over tensors of any size in panels of bounded memory."""
