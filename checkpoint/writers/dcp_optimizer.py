@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 _MEANING = ("lr", "betas", "eps", "weight_decay", "momentum")
-"""Settings that change what an update does; others, such as "foreach", say how it is computed."""
+"""Settings that change what an update does."""
+_COMPUTATION = ("foreach", "fused", "capturable", "differentiable")
+"""How torch computes it. Whoever loads another trainer's choice would compute with other kernels."""
 
 
 @dataclass
@@ -37,6 +39,7 @@ class OptimizerValues:
             for name in group["names"]
         }
         self._defaults = _torch_defaults(self.words)
+        self._is_torch = str(self.state.get("format", "")).startswith("PyTorch DCP")
 
     @property
     def has_settings(self) -> bool:
@@ -63,7 +66,8 @@ class OptimizerValues:
             self.lost.append(f"settings of {logical[1]}: {name} is in one group, that of {logical[0]}")
         missing = {key: value for key, value in self._defaults.items() if key not in mine[0]}
         self.unsaid |= {f"{key} = {value}": None for key, value in missing.items() if key in _MEANING}
-        found = {**missing, **mine[0]}
+        how = {key: self._defaults[key] for key in _COMPUTATION if key in self._defaults}
+        found = {**missing, **mine[0], **({} if self._is_torch else how)}
         return {key: tuple(value) if key == "betas" else value for key, value in found.items()}
 
 

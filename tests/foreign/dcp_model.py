@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from tests.foreign.oracle import Oracle
+from tests.foreign.parameters import Parameters
 
 _TITAN = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
@@ -78,6 +79,8 @@ def build_model(oracle: Oracle, titan: bool) -> nn.Module:
     torch.manual_seed(1)
     if titan:
         return TitanLlama(oracle)
+    if oracle.experts:  # of which transformers makes one tensor, and names it otherwise
+        return Parameters({name: torch.zeros(shape) for name, shape in oracle.shapes().items()})
     config = transformers.LlamaConfig(**oracle.huggingface_config(), attn_implementation="eager")
     model: nn.Module = transformers.LlamaForCausalLM(config)
     return model

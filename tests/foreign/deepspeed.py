@@ -29,6 +29,7 @@ from deepspeed.utils import (
 
 from tests.foreign.deepspeed_optimizers import build_optimizer, by_muon, moments
 from tests.foreign.oracle import LR, STEP, WEIGHT_DECAY, Oracle
+from tests.foreign.parameters import Parameters
 from tests.ranks import run_ranks
 
 # gloo alone: DeepSpeed's own shared-memory collectives would be compiled first
@@ -109,6 +110,8 @@ def load_universal_weights(folder: Path, oracle: Oracle, run: Run) -> None:
 
 def build_model(oracle: Oracle) -> torch.nn.Module:
     """transformers' Llama of the oracle's sizes; its parameters have the logical names."""
+    if oracle.experts:  # of which transformers makes one tensor, and names it otherwise
+        return Parameters({name: torch.zeros(shape) for name, shape in oracle.shapes().items()})
     torch.manual_seed(1)
     config = transformers.LlamaConfig(**oracle.huggingface_config(), attn_implementation="eager")
     return transformers.LlamaForCausalLM(config)

@@ -17,6 +17,7 @@ from torch import nn
 import tests.foreign.deepspeed as made  # its import decides where DeepSpeed runs
 from tests.foreign.deepspeed_optimizers import build_optimizer
 from tests.foreign.oracle import Oracle
+from tests.foreign.parameters import Parameters
 from tests.ranks import run_ranks
 
 PADDED_VOCAB = 4352  # of 4099, for two ranks with 128 rows each
@@ -122,29 +123,11 @@ class AutoShard:
         return whole
 
 
-class Parameters(nn.Module):
-    """Parameters of given names and shapes, and a loss that reaches them all."""
-
-    def __init__(self, shard: Shard) -> None:
-        super().__init__()
-        for name in shard.oracle.shapes():
-            *path, last = name.split(".")
-            module: nn.Module = self
-            for part in path:
-                if not hasattr(module, part):
-                    module.add_module(part, nn.Module())
-                module = getattr(module, part)
-            module.register_parameter(last, nn.Parameter(shard.value(name, "master")))
-
-    def forward(self) -> torch.Tensor:
-        return torch.stack([parameter.float().square().mean() for parameter in self.parameters()]).sum()
-
-
 def _save(folder: str, oracle: Oracle, run: made.Run, tensor_ranks: int) -> None:
     made.deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     grid = Grid(tensor_ranks)
     shard = Shard(oracle, grid.tensor_rank, tensor_ranks)
-    model = Parameters(shard)
+    model = Parameters({name: shard.value(name, "master") for name in oracle.shapes()})
     engine = made.deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(run.optimizer, model),
@@ -152,7 +135,7 @@ def _save(folder: str, oracle: Oracle, run: made.Run, tensor_ranks: int) -> None
         mpu=grid,
         dist_init_required=False,
     )[0]
-    engine.backward(engine())
+    engine.backward(engine().loss)
     engine.step()
     made.plant(engine, shard, run.optimizer)
     made.count_steps(engine)
