@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from checkpoint.convert.output import WritePlan
@@ -15,10 +14,12 @@ from checkpoint.manifest import LogicalTensor
 from checkpoint.opening import Opened
 from checkpoint.writers.carry import CONFIG, carried_files
 from checkpoint.writers.huggingface_config import NAMING, config_of
+from checkpoint.writers.huggingface_tokenizer import TOKENIZERS, end_of_document, run_tokenizer
 from checkpoint.writers.options import WriteOptions
 from checkpoint.writers.shards import Whole, index, shards
 from checkpoint.writers.universal import tensor_dtype
 
+GENERATION = "generation_config.json"
 WEIGHT, MASTER = "weight", "master"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = (
@@ -44,7 +45,7 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
         raise ValueError(f"{opened.folder} holds neither weights nor masters: there is no model to write")
     written = WritePlan("Hugging Face", carried=carried_files(opened, options.carry))
     dtype = options.dtype or Counter(tensor_dtype(tensors[key]) for key in held.items()).most_common(1)[0][0]
-    config = _config(opened, written.carried, dtype)
+    config = _config(opened, written, dtype)
     shapes = {name: tensors[name, state].shape for name, state in held.items()}
     _refuse_contradiction(config, shapes, opened.manifest.state.get("model"))
     spec = load_spec(options.spec or _naming(config))
@@ -62,8 +63,6 @@ def plan(opened: Opened, options: WriteOptions) -> WritePlan:
     written.small[CONFIG] = json.dumps(config, indent=2).encode()
     written.carried.pop(CONFIG, None)
     written.lost = _lost(opened, set(held.items()))
-    if not any(name.startswith("tokenizer") for name in written.carried):
-        written.notes.append("no tokenizer goes along: --carry FOLDER takes one from there")
     return written
 
 
@@ -71,18 +70,40 @@ def _parameters(tensors: Mapping[tuple[str, str], LogicalTensor]) -> list[str]:
     return list(dict.fromkeys(name for name, state in tensors if state in (WEIGHT, MASTER)))
 
 
-def _config(opened: Opened, carried: Mapping[str, Path], dtype: str) -> dict[str, Any]:
-    """The one carried along, else one made of what a Ratoon checkpoint says."""
-    if CONFIG in carried:
-        config = json.loads(carried[CONFIG].read_text(encoding="utf-8"))
-        return {**config, **{key: dtype for key in ("dtype", "torch_dtype") if key in config}}
-    model = opened.manifest.state.get("model")
-    if model is None:
+def _config(opened: Opened, written: WritePlan, dtype: str) -> dict[str, Any]:
+    """The one carried along, else one made of what a Ratoon checkpoint says; its tokenizer goes with it."""
+    eod, model = _carry_tokenizer(opened, written), opened.manifest.state.get("model")
+    if CONFIG in written.carried:
+        config = json.loads(written.carried[CONFIG].read_text(encoding="utf-8"))
+        config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    elif model is not None:
+        config = config_of(model, dtype=dtype)
+    else:
         raise ValueError(
             f"{opened.folder} ({opened.format}) does not say how its model computes (RoPE, norms, ...): give "
             "a folder with its config.json by --carry"
         )
-    return config_of(model, dtype=dtype)
+    if model is None or "eos_token_id" in config:
+        return config
+    if eod is not None and GENERATION not in written.carried:
+        written.small[GENERATION] = json.dumps({"eos_token_id": eod}, indent=2).encode()
+    # said even where it is not known: transformers would take 1 and 2, whatever these are to the tokenizer
+    return {"bos_token_id": None, **config, "eos_token_id": eod}
+
+
+def _carry_tokenizer(opened: Opened, written: WritePlan) -> int | None:
+    """See to a tokenizer: the one that goes along already, else the run's. The id that ends a document."""
+    if any(name in written.carried for name in TOKENIZERS):
+        path = written.carried.get("tokenizer.json")
+        return None if path is None else end_of_document(path)[1]
+    own = run_tokenizer(opened.manifest.state)
+    if own is None:
+        written.notes.append("no tokenizer goes along: --carry FOLDER takes one from there")
+        return None
+    written.carried |= {name: path for name, path in own.files.items() if name not in written.carried}
+    written.small |= {name: text for name, text in own.made.items() if name not in written.carried}
+    written.notes.append(own.sentence)
+    return own.eod
 
 
 def _naming(config: Mapping[str, Any]) -> str:
