@@ -23,8 +23,10 @@ from parallel.initialise import Draw, blank, initialise
 from parallel.mesh import Mesh
 from parallel.naming import NamedParameter, name_parameters
 from parallel.optimizer_state import get_step, prepare_state, set_step, state_slices
+from parallel.shards import MainPiece, copy_main_to_model, main_pieces
 from parallel.slices import TensorSlice
 from parallel.specs import Backend, block_spec, choose_backend
+from parallel.transforms import SlowWeights, UpdateTransform, transformed_step
 
 
 class Engine:
@@ -36,6 +38,9 @@ class Engine:
         chunks: bare GPTModel chunks of this rank, one per virtual stage.
         wrapped: the same chunks with gradient buffers, as the pipeline schedules take them.
         named: every parameter of this rank with its logical blocks.
+        pieces: the fp32 copies that this rank updates, by logical tensor.
+        transforms: change every update, see `parallel.transforms`.
+        slow_weights: act after them.
     """
 
     def __init__(
@@ -75,6 +80,10 @@ class Engine:
             self._time_reductions()
         self.optimizer = self._build_optimizer(optimizer, decays)
         self._clip = optimizer.clip_grad
+        self.pieces: list[MainPiece] = list(main_pieces(self.named, self.optimizer, mesh))
+        self.transforms: list[UpdateTransform] = []
+        self.slow_weights: SlowWeights | None = None
+        self._added: dict[str, set[str]] = {}
 
     def initialise(self, seed: int, draw: Draw) -> None:
         """Draw the initial weights, the same in every layout; masters follow."""
@@ -92,10 +101,48 @@ class Engine:
 
     def slices(self) -> list[TensorSlice]:
         """Every box of every logical tensor and optimizer state that this rank holds. Call on every rank."""
+        self.settle()  # else only the next forward pass would fetch what others updated
+        return list(state_slices(self.named, self.optimizer, self.mesh, partial=self._added))
+
+    def add_state(self, key: str, has: Callable[[str], bool]) -> list[MainPiece]:
+        """Keep a further fp32 state of the logical tensors that `has` accepts, zero at first.
+
+        It is saved, loaded and resharded like a moment, so it must be added before a checkpoint is loaded.
+
+        Returns:
+            This rank's pieces that have it; those without a state of that name before get it now.
+        """
+        pieces = [piece for piece in self.pieces if has(piece.name)]
+        for piece in pieces:
+            piece.add_state(key)
+        self._added.setdefault(key, set()).update(piece.name for piece in pieces)
+        return pieces
+
+    @property
+    def added_states(self) -> frozenset[str]:
+        """States that were added, which a checkpoint may lack."""
+        return frozenset(self._added)
+
+    def settle(self) -> None:
+        """Wait until every weight is what its main copy was last copied to. Call it on every rank."""
         if self._overlap and self.mesh.layout.distributed_optimizer:
-            for chunk in self.wrapped:  # else only the next forward pass would fetch what others updated
+            for chunk in self.wrapped:
                 chunk.start_param_sync(force_sync=True)
-        return list(state_slices(self.named, self.optimizer, self.mesh))
+
+    @torch.no_grad()
+    def main_changed(self) -> None:
+        """Let the model's weights follow main copies that were written, after `settle`, from outside.
+
+        Call it on every rank.
+        """
+        self._copy_main()
+        self.settle()
+
+    def _copy_main(self) -> None:
+        copy_main_to_model(self.optimizer)
+        if self.mesh.layout.distributed_optimizer and not self._overlap:  # else the forward pass gathers
+            for chunk in self.wrapped:
+                chunk.start_param_sync()
 
     @property
     def updates(self) -> int:
@@ -116,9 +163,13 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def ready_gradients(self) -> None:
+        """Hand the reduced gradients to the optimizer, where `pieces` show them. Call once a step."""
+        self.optimizer.prepare_grads()
+
     def gradient_norm(self) -> float:
         """The 2-norm of the whole model's gradient, over the whole mesh. Call once, before `update`."""
-        self.optimizer.prepare_grads()
+        self.ready_gradients()
         return float(self.optimizer.get_grad_norm())
 
     def update(self, lr: float, gradient_norm: float) -> None:
@@ -130,7 +181,11 @@ class Engine:
                 parameters = part.get_parameters()
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, max_norm=self._clip, total_norm=gradient_norm)
-        self.optimizer.step_with_ready_grads()
+        if not self.transforms and self.slow_weights is None:
+            self.optimizer.step_with_ready_grads()
+            return
+        transformed_step(self.optimizer, self.transforms, self.slow_weights, lr=lr)
+        self._copy_main()
 
     @contextlib.contextmanager
     def without_reduction(self) -> Iterator[None]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from parallel.mesh import Mesh
 from parallel.naming import Block, NamedParameter
+from parallel.shards import MainShard, main_shards, parts
 from parallel.slices import TensorSlice, flat_range_boxes
 
 
@@ -20,7 +21,7 @@ def prepare_state(optimizer: Any) -> None:
     the moments for complete; Transformer Engine's and Apex's FusedAdam count steps per group. The fused AdamW
     reads the count where the parameter is: on CUDA, from the kernel.
     """
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         inner = part.optimizer
         for group in inner.param_groups:
             for parameter in group["params"]:
@@ -35,7 +36,7 @@ def prepare_state(optimizer: Any) -> None:
 
 def get_step(optimizer: Any) -> int:
     """Updates made so far, which Adam's bias correction needs."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         for group in part.optimizer.param_groups:
             if "step" in group and group["params"]:  # without parameters here FusedAdam does not count
                 return int(group["step"])
@@ -47,7 +48,7 @@ def get_step(optimizer: Any) -> int:
 
 def set_step(optimizer: Any, step: int) -> None:
     """Set the number of updates made so far, on every parameter."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         torch_adam = isinstance(part.optimizer, torch.optim.AdamW)
         for group in part.optimizer.param_groups:
             if not torch_adam:
@@ -56,81 +57,54 @@ def set_step(optimizer: Any, step: int) -> None:
                 part.optimizer.state[parameter]["step"].fill_(step)
 
 
-def state_slices(named: list[NamedParameter], optimizer: Any, mesh: Mesh) -> Iterator[TensorSlice]:
-    """Weights, masters and moments that this rank holds.
+def state_slices(
+    named: list[NamedParameter],
+    optimizer: Any,
+    mesh: Mesh,
+    *,
+    partial: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> Iterator[TensorSlice]:
+    """Weights, masters, moments and further states that this rank holds.
 
     A weight is held whole by every data rank. Masters and moments are too without the distributed optimizer;
     with it each data and context rank has a flat range of the parameter. An fp32 weight is its own master.
+
+    Args:
+        partial: states that only these logical tensors have, though others may share their memory.
     """
-    shards = _shards(optimizer)
+    shards = main_shards(optimizer)
     for entry in named:
         holders = mesh.holders(entry.kind, on_first_and_last_stage=entry.tied)
         weight = entry.parameter.data
-        yield from _cut(entry.blocks, "weight", weight, 0, weight.numel(), holders)
+        yield from _cut(entry.blocks, "weight", weight, 0, holders)
         if entry.parameter not in shards:
             continue
-        main, start, end, states, shared = shards[entry.parameter]
-        holders = mesh.holders(entry.kind, on_first_and_last_stage=entry.tied, sharded=not shared)
-        if main is not None:
-            yield from _cut(entry.blocks, "master", main, start, end, holders)
-        for state, value in states.items():
-            if torch.is_tensor(value) and value.numel() == end - start:
-                yield from _cut(entry.blocks, state, value, start, end, holders)
+        shard = shards[entry.parameter]
+        holders = mesh.holders(entry.kind, on_first_and_last_stage=entry.tied, sharded=not shard.shared)
+        if shard.is_master:
+            yield from _cut(entry.blocks, "master", shard.main.data, shard.start, holders)
+        for state, value in _per_element(shard).items():
+            having = partial.get(state)
+            blocks = [block for block in entry.blocks if having is None or block.name in having]
+            yield from _cut(blocks, state, value, shard.start, holders)
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if part.optimizer is not None]
-
-
-_Shard = tuple[torch.Tensor | None, int, int, dict[str, Any], bool]
-
-
-def _shards(optimizer: Any) -> dict[torch.nn.Parameter, _Shard]:
-    """Parameter -> (master or None, first and last element, state, whether replicas hold it too)."""
-    found: dict[torch.nn.Parameter, _Shard] = {}
-    for part in _parts(optimizer):
-        state = part.optimizer.state
-        if isinstance(part, DistributedOptimizer):
-            found.update(_distributed_shards(part, state))
-            continue
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                found[parameter] = (None, 0, parameter.numel(), state[parameter], True)
-        for models, mains in zip(
-            getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", []), strict=True
-        ):
-            for model, main in zip(models, mains, strict=True):
-                found[model] = (main.data, 0, main.numel(), state[main], True)
-    return found
-
-
-def _distributed_shards(part: DistributedOptimizer, state: Any) -> dict[torch.nn.Parameter, _Shard]:
-    found: dict[torch.nn.Parameter, _Shard] = {}
-    pairs = [
-        *zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True),
-        *zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True),
-    ]
-    for models, shards in pairs:
-        for model, shard in zip(models, shards, strict=True):
-            place = part._get_model_param_range_map(model)["param"]
-            master = None if model.dtype == torch.float32 else shard.data
-            found[model] = (master, place.start, place.end, state[shard], False)
-    return found
+def _per_element(shard: MainShard) -> dict[str, torch.Tensor]:
+    """States with a number for each element; others, such as Adam's count, belong to the whole shard."""
+    return {
+        key: value
+        for key, value in shard.state.items()
+        if torch.is_tensor(value) and value.shape == shard.main.shape
+    }
 
 
 def _cut(
-    blocks: tuple[Block, ...],
-    state: str,
-    memory: torch.Tensor,
-    start: int,
-    end: int,
-    holders: tuple[int, ...],
+    blocks: Iterable[Block], state: str, memory: torch.Tensor, start: int, holders: tuple[int, ...]
 ) -> Iterator[TensorSlice]:
-    """Boxes of the blocks that lie in elements [start, end) of the parameter; `memory` begins at `start`."""
+    """Boxes of the blocks that lie in `memory`, which begins at element `start` of the parameter."""
     flat = memory.view(-1)
     for block in blocks:
-        first, last = max(start, block.start), min(end, block.start + block.numel)
+        first, last = max(start, block.start), min(start + flat.numel(), block.start + block.numel)
         position = first - start
         for offset, size in flat_range_boxes(block.size, first - block.start, last - block.start):
             at = tuple(b + o for b, o in zip(block.offset, offset, strict=True))
