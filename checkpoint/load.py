@@ -20,6 +20,7 @@ from checkpoint.manifest import Manifest, RankBlob
 from checkpoint.opening import RATOON, Opened, open_checkpoint
 from checkpoint.rounding import rounding_faults
 from checkpoint.selection import Selection, select
+from checkpoint.verification.checksums import check_records, find_checksums
 from checkpoint.verification.report import verify_tensors
 from checkpoint.verify import blob_extents, damage
 from parallel.slices import TensorSlice
@@ -87,7 +88,7 @@ def load(
         slices: all that this rank holds.
         rank: by default torch.distributed's.
         layout: compared with the saved `state["layout"]` to decide whether ranks get their own bytes back.
-        weights_only: load weights and masters and leave the other states as they are.
+        weights_only: leave all but weights and masters as they are; no master is read where some are damaged.
         verify: "read" hashes the pieces that are read whole; "full" checks all of the checkpoint first, as
             `verify_checkpoint` does, which reads it once more, shared out over the ranks.
 
@@ -96,7 +97,7 @@ def load(
             model has been touched.
     """
     begin = time.monotonic()
-    opened = _open(path)
+    opened = _open(path, weights_only=weights_only)
     folder, manifest = opened.folder, opened.manifest
     same_layout = _is_same(manifest, layout)
     with opened.reading() as gone:
@@ -130,12 +131,13 @@ def load(
     )
 
 
-def _open(path: Path | str | Opened) -> Opened:
+def _open(path: Path | str | Opened, *, weights_only: bool) -> Opened:
     """The same checkpoint on all ranks; one that cannot read it (its folder is not shared) stops them all."""
     found: Opened | None = None
     problems = []
     try:
         found = path if isinstance(path, Opened) else open_checkpoint(path)
+        found = found.weights_alone() if weights_only else found
     except ValueError as error:
         problems.append(str(error))
     _refuse(f"cannot load {path}", problems, _UNTOUCHED)
@@ -151,7 +153,8 @@ def _select(
     opened: Opened, slices: Sequence[TensorSlice], gone: Sequence[str], weights_only: bool
 ) -> Selection:
     """What fills the slices; refused when the checkpoint is damaged, or of another model."""
-    _refuse(f"{opened.folder} is damaged", opened.problems, _UNTOUCHED)
+    remedy = f"{opened.remedy}. " if opened.remedy else ""
+    _refuse(f"{opened.folder} is damaged", opened.problems, remedy + _UNTOUCHED)
     selection = select(opened.manifest, slices, weights_only=weights_only)
     problems = [*gone, *selection.problems, *_unexpected(opened.manifest, slices)]
     _refuse(f"cannot load {opened.folder} into this model", problems, _UNTOUCHED)
@@ -172,6 +175,8 @@ def _verify(opened: Opened) -> list[str]:
     """This rank's share of a full verification."""
     share = slice(peers.own_rank(), None, peers.world_size())
     found = verify_tensors(opened, opened.manifest.tensors[share])
+    checksums = find_checksums(opened, share)
+    found += checksums.findings + check_records(opened, checksums)
     blobs = damage(opened.folder, blob_extents(opened.manifest)[share])
     return [str(finding) for finding in found if finding.severity == "error"] + blobs
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from checkpoint.language.spec import Spec
 
 RATOON = "Ratoon"
+WEIGHTS_REMEDY = (
+    "The weights are whole: weights_only = true under [checkpoint] starts from them alone, and "
+    "`ratoon checkpoint convert --states weight` writes them"
+)
 
 
 class UnreadableError(ValueError):
@@ -53,6 +57,8 @@ class Opened:
         notes: what was recognised and chosen, a line each.
         left_out: what the files hold that the manifest does not carry, a line each.
         problems: damage that the headers give away, a line each; nothing may be loaded when there is any.
+        optimizer_problems: those of `problems` that concern masters and optimizer states alone, see
+            `weights_alone`.
     """
 
     folder: Path
@@ -62,7 +68,8 @@ class Opened:
     source: Source | None = None
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
+    optimizer_problems: tuple[str, ...] = ()
 
     @property
     def is_native(self) -> bool:
@@ -76,6 +83,28 @@ class Opened:
         if marker is not None:
             return marker.manifest_hash
         return xxhash.xxh3_64_hexdigest(self.manifest.to_json().replace(str(self.folder).encode(), b""))
+
+    @property
+    def remedy(self) -> str:
+        """What still can be had of a checkpoint with problems, for people; "" where nothing can."""
+        return WEIGHTS_REMEDY if self.problems and not self.weights_alone().problems else ""
+
+    def weights_alone(self) -> Opened:
+        """The same for who wants weights alone: damage of masters and optimizer states does not count.
+
+        Where there is such damage, the manifest has no other state than weights; else it stays as it is.
+        """
+        if not self.optimizer_problems:
+            return self
+        left_out = f"masters and optimizer states: damaged ({len(self.optimizer_problems)} problems)"
+        weights = tuple(tensor for tensor in self.manifest.tensors if tensor.state == "weight")
+        return replace(
+            self,
+            manifest=replace(self.manifest, tensors=weights),
+            left_out=(*self.left_out, left_out),
+            problems=tuple(line for line in self.problems if line not in self.optimizer_problems),
+            optimizer_problems=(),
+        )
 
     @contextmanager
     def reading(self) -> Iterator[list[str]]:
@@ -169,4 +198,5 @@ def _assembled(source: Source, spec: Spec, why: str, facts: Mapping[str, int] | 
         ),
         left_out=tuple(manifest.state["left_out"]),
         problems=tuple(source.problems),
+        optimizer_problems=tuple(source.optimizer_problems),
     )

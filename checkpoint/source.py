@@ -7,6 +7,7 @@ source tensors to logical ones, and `checkpoint.assembly.assemble` makes a `Mani
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,8 @@ class Source:
         left_out: what the files hold that is not carried, a line each.
         notes: what a reader of the report should know, a line each.
         problems: damage found while reading the headers, a line each; nothing is loaded when there is any.
+        optimizer_problems: those of `problems` that concern masters and optimizer states alone, not weights.
+        world_size: how many ranks saved it; None where the files do not say.
     """
 
     format: str
@@ -86,6 +89,21 @@ class Source:
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    optimizer_problems: list[str] = field(default_factory=list)
+    world_size: int | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks saved it; where the files do not say, as few as the degrees need.
+
+        Virtual stages are on the same ranks, and experts on those that hold the rest of a stage.
+        """
+        if self.world_size:
+            return self.world_size
+        degree = {axis: self.degrees.get(axis, 1) for axis in ("tensor", "pipeline", "data", "expert")}
+        expert_tensor = self.degrees.get("expert_tensor", degree["tensor"])
+        of_stage = math.lcm(degree["tensor"] * degree["data"], degree["expert"] * expert_tensor)
+        return degree["pipeline"] * of_stage
 
 
 class Part(NamedTuple):

@@ -228,10 +228,12 @@ def open_start(config: RunConfig, path: Path) -> "Opened":
 def _start_problems(config: RunConfig, path: Path) -> list[str]:
     """What is wrong with going on from the checkpoint at `path`: its step and where the schedule begins."""
     same_run, opened = resumes_itself(config, path), open_start(config, path)
+    afresh = not same_run and starts_afresh(config, opened)
+    opened = opened.weights_alone() if afresh else opened
     if opened.problems:
-        return [f"checkpoint.load: {problem}" for problem in opened.problems]
+        return [f"checkpoint.load: {problem}" for problem in (*opened.problems, opened.remedy) if problem]
     plan, step, found = schedule(config), opened.manifest.step, opened.manifest.state
-    if starts_afresh(config, opened) and not same_run:
+    if afresh:
         return plan.problems()
     if same_run and step >= config.train.steps:
         return []  # done already, which is no fault

@@ -23,28 +23,16 @@ from checkpoint.archive.zip_records import LOCAL, BadZipError, Record, Window, p
 
 
 @dataclass(frozen=True)
-class StoredRecord:
-    """The content of a member of an archive: bytes of the file and their CRC-32 (None: not computed)."""
-
-    name: str
-    start: int
-    num_bytes: int
-    crc: int | None
-
-
-@dataclass(frozen=True)
 class TorchFile:
     """A file of torch.save.
 
     Attributes:
         path: of the file.
         value: the object that was saved, with a `FileTensor` for every tensor.
-        records: storages that tensors refer to, by key.
     """
 
     path: Path
     value: Any
-    records: dict[str, StoredRecord]
 
 
 def open_torch_file(path: Path | str, offset: int = 0, length: int | None = None) -> TorchFile:
@@ -65,14 +53,14 @@ def open_torch_file(path: Path | str, offset: int = 0, length: int | None = None
         try:
             begin = window.read(0, 32)
             if begin[:4] == LOCAL:
-                value, records = _read_zip(window, file, where)
+                value = _read_zip(window, file, where)
             elif is_legacy(begin) and length is None:
-                value, records = read_legacy(descriptor, file, size), {}
+                value = read_legacy(descriptor, file, size)
             else:
                 raise ValueError(f"{where}: is no file of torch.save: it begins with {begin[:8]!r}")
         except (BadZipError, BadPickleError) as fault:
             raise ValueError(f"{where}: {fault}") from None
-    return TorchFile(Path(file), value, records)
+    return TorchFile(Path(file), value)
 
 
 def read_torch_bytes(path: Path | str, offset: int, length: int) -> TorchFile:
@@ -98,7 +86,7 @@ def _opened(file: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _read_zip(window: Window, file: str, where: str) -> tuple[Any, dict[str, StoredRecord]]:
+def _read_zip(window: Window, file: str, where: str) -> Any:
     members = read_directory(window)
     prefix = next((name.rpartition("/")[0] for name in members if name.endswith("data.pkl")), None)
     if prefix is None:
@@ -111,16 +99,15 @@ def _read_zip(window: Window, file: str, where: str) -> tuple[Any, dict[str, Sto
             raise BadZipError(
                 f"its numbers are {order.decode('latin1')}-endian: only little-endian files are read"
             )
-    found: dict[str, StoredRecord] = {}
     pickled = _content(window, members, f"{prefix}/data.pkl")
-    value = load_pickle(pickled, where, _storages(window, members, prefix, file, found), functions=FUNCTIONS)
-    return value, found
+    return load_pickle(pickled, where, _storages(window, members, prefix, file), functions=FUNCTIONS)
 
 
 def _storages(
-    window: Window, members: dict[str, Record], prefix: str, file: str, found: dict[str, StoredRecord]
+    window: Window, members: dict[str, Record], prefix: str, file: str
 ) -> Callable[[Any], FileStorage]:
-    """What gives the place of a storage from its persistent id, and lists it in `found`."""
+    """What gives the place of a storage from its persistent id."""
+    found: dict[str, tuple[int, int]] = {}
 
     def place(saved_id: Any) -> FileStorage:
         dtype, key, num_bytes = storage_of(saved_id)
@@ -130,13 +117,11 @@ def _storages(
                 raise BadPickleError(f"its pickle refers to the storage {key}, but there is no member {name}")
             member = members[name]
             start = payload_start(window, name, member)
-            found[key] = StoredRecord(name, start, member.num_bytes, member.crc or None)
-        record = found[key]
-        if num_bytes > record.num_bytes:
-            raise BadPickleError(
-                f"the storage {key} should have {num_bytes} bytes, the archive holds {record.num_bytes}"
-            )
-        return FileStorage(file, record.start, record.num_bytes, dtype)
+            found[key] = (start, member.num_bytes)
+        start, held = found[key]
+        if num_bytes > held:
+            raise BadPickleError(f"the storage {key} should have {num_bytes} bytes, the archive holds {held}")
+        return FileStorage(file, start, held, dtype)
 
     return place
 

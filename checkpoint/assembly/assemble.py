@@ -12,7 +12,6 @@ The state of such a manifest:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -65,7 +64,7 @@ def from_placed(source: Source, placed: Sequence[Placed], *, facts: Mapping[str,
     if source.model_config is not None:
         state["model_config"] = source.model_config
     found = tuple(tensors[key].tensor() for key in sorted(tensors))
-    return Manifest(source.step, math.prod(source.degrees.values()), found, state)
+    return Manifest(source.step, source.num_ranks, found, state)
 
 
 def _place_odd(placed: Sequence[Placed]) -> tuple[list[Placed], list[str]]:

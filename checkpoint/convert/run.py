@@ -94,10 +94,11 @@ def prepare(
     if to not in FORMATS:
         raise ValueError(f"--to {to}: no such format; there are {', '.join(FORMATS)}")
     opened = source if isinstance(source, Opened) else open_checkpoint(source, spec=spec, facts=facts)
+    opened = _with_states(opened, options.states)
     if opened.problems:
         listed = "\n  ".join(opened.problems[:20])
-        raise ValueError(f"{opened.folder} is damaged, hence not converted:\n  {listed}")
-    opened = _with_states(opened, options.states)
+        remedy = f"\n{opened.remedy}" if opened.remedy else ""
+        raise ValueError(f"{opened.folder} is damaged, hence not converted:\n  {listed}{remedy}")
     plan: WritePlan = importlib.import_module(f"checkpoint.writers.{to}").plan(opened, options)
     return Conversion(opened, plan, _needed(opened, plan), plan.num_bytes, peak_bytes(workers))
 
@@ -255,6 +256,7 @@ def _with_states(opened: Opened, states: tuple[str, ...] | None) -> Opened:
         raise ValueError(
             f"--states {', '.join(unknown)}: the source has {', '.join(sorted(known))}, and no such state"
         )
+    opened = opened.weights_alone() if set(states) == {"weight"} else opened
     kept = tuple(tensor for tensor in manifest.tensors if tensor.state in states)
     return replace(opened, manifest=replace(manifest, tensors=kept))
 

@@ -7,7 +7,6 @@ Each module `checkpoint.readers.X` has `recognise(path) -> bool`, which looks at
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -55,8 +54,6 @@ def recognise(path: Path) -> Reader:
 
 def _first(path: Path) -> Reader | None:
     for name in FORMATS:
-        if importlib.util.find_spec(f"{__name__}.{name}") is None:
-            continue
         module = importlib.import_module(f"{__name__}.{name}")
         if module.recognise(path):
             return Reader(name, module.read)

@@ -118,6 +118,7 @@ def _described(reading: Reading, content: Mapping[str, Any]) -> Source:
         specs=(SPEC,),
         left_out=list(dict.fromkeys(left_out)),
         problems=list(dict.fromkeys(reading.problems)),
+        world_size=int(args.get("world_size") or 0) or None,
     )
 
 

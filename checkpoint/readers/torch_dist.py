@@ -167,7 +167,8 @@ def _read_states(reading: _Reading, model: Model) -> None:
         for name, whole in held.items():
             pieces = tuple(done.pieces.get((name, state), whole.pieces))
             source.tensors.append(SourceTensor(name, state, whole.shape, pieces))
-    source.problems += done.problems
+    source.problems += done.lost + done.unexplained
+    source.optimizer_problems += done.lost
     if done.repaired:
         source.notes.append(
             f"damage repaired: {CAUSE}; found in what was saved as other parameters: "
@@ -191,6 +192,7 @@ def _describe(reading: _Reading, model: Model, degrees: Degrees) -> None:
     source.degrees = {"tensor": degrees.tensor, "pipeline": degrees.pipeline}
     if degrees.expert > 1:
         source.degrees["expert"] = degrees.expert
+    source.world_size = int(args.get("world_size") or 0) or None
     if not args:
         source.notes.append(
             f"{source.folder}: holds no arguments: sizes of the model that shapes do not tell are not known, "

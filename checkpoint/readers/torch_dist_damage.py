@@ -40,12 +40,14 @@ class Repair:
         pieces: (name, state) -> all of its pieces, of tensors that are not read as they were saved. What is
             lost has none.
         repaired: names of the tensors of which parts were found elsewhere.
-        problems: a line for everything that is lost.
+        lost: a line for every state that was not saved, in full or at one place; the weights are whole.
+        unexplained: a line for masters that contradict weights: either may be wrong.
     """
 
     pieces: dict[tuple[str, str], list[Piece]] = field(default_factory=dict)
     repaired: dict[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    unexplained: list[str] = field(default_factory=list)
 
 
 def find_contradictions(weights: Mapping[str, Whole], masters: Mapping[str, Whole]) -> dict[str, list[Box]]:
@@ -99,7 +101,7 @@ def repair(
     for name, boxes in wrong.items():
         left = [box for box in boxes if (name, box) not in explained]
         if left:
-            done.problems.append(
+            done.unexplained.append(
                 f"{name}: {len(left)} of {len(model.weights[name].pieces)} chunks of the master, rounded, "
                 f"are not the weight, {left[0]} first; likely cause: {cause}"
             )
@@ -155,7 +157,7 @@ def _take(found: Sequence[_Placed], states: States, done: Repair) -> None:
         if not wrong:
             done.repaired[shard.name] = done.repaired.get(shard.name, 0) + 1
             continue
-        done.problems.append(
+        done.lost.append(
             f"{shard.name} {shard.parts[0][1]} ({', '.join(states)}): {wrong}; likely cause: {CAUSE}"
         )
 

@@ -9,7 +9,17 @@ from typing import Any, Literal
 
 Severity = Literal["error", "warning", "note"]
 Check = Literal[
-    "open", "file", "coverage", "hash", "finite", "replicas", "rounding", "steps", "groups", "shapes"
+    "open",
+    "file",
+    "coverage",
+    "hash",
+    "checksum",
+    "finite",
+    "replicas",
+    "rounding",
+    "steps",
+    "groups",
+    "shapes",
 ]
 
 

@@ -1,7 +1,8 @@
 """Verification: everything that can be known of a checkpoint without the trainer that wrote it.
 
-Coverage, files, hashes, finite numbers, replicas and rounded masters from one pass over the bytes; steps,
-groups and shapes from the headers. Without torch, in bounded memory.
+Coverage, files, hashes, finite numbers, replicas and rounded masters from one pass over the bytes; the
+checksums of torch's archives, where they have some, from another; steps, groups and shapes from the headers.
+Without torch, in bounded memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from checkpoint.opening import Opened, UnreadableError, open_checkpoint
 from checkpoint.streaming.panels import is_dense
 from checkpoint.verification import causes
 from checkpoint.verification.checks import Checker, Difference, Tally, weight_of
+from checkpoint.verification.checksums import check_records, find_checksums
 from checkpoint.verification.consistency import consistency
 from checkpoint.verification.finding import Finding, Report, number
 from checkpoint.verification.sweep import WORKERS, Key, Progress, sweep
@@ -55,12 +57,18 @@ def verify_checkpoint(
     manifest = opened.manifest
     with opened.reading() as gone:
         found = consistency(manifest, expected)
-        found += verify_tensors(opened, manifest.tensors, workers=workers, progress=progress)
+        checksums = find_checksums(opened)
+        before, after = _in_turn(progress, checksums.num_bytes, manifest)
+        found += checksums.findings
+        found += check_records(opened, checksums, workers=workers, progress=before)
+        found += verify_tensors(opened, manifest.tensors, workers=workers, progress=after)
         if opened.problems:
             found = [_explained(finding) for finding in found]
         found[:0] = [Finding("error", "open", line) for line in (*gone, *opened.problems)]
+        found += [Finding("note", "open", opened.remedy)] if opened.remedy else []
         found += [Finding("error", "hash", line) for line in damage(opened.folder, blob_extents(manifest))]
     pieces = [piece for tensor in manifest.tensors for piece in tensor.pieces]
+    checks = _summary(manifest, expected) | {"checksum": str(checksums)}
     return Report(
         path=str(opened.folder),
         format=opened.format,
@@ -69,10 +77,24 @@ def verify_checkpoint(
         num_pieces=len(pieces),
         num_bytes=sum(tensor.numel * ITEM_SIZES[tensor.dtype] for tensor in manifest.tensors),
         seconds=time.monotonic() - begin,
-        checks=_summary(manifest, expected),
+        checks=checks,
         findings=sorted(found, key=lambda finding: _ORDER[finding.severity]),
         notes=list(opened.notes),
         left_out=list(opened.left_out),
+    )
+
+
+def _in_turn(
+    progress: Progress | None, first: int, manifest: Manifest
+) -> tuple[Progress | None, Progress | None]:
+    """What two passes call, of which the first one reads so many bytes: they count as one."""
+    if progress is None:
+        return None, None
+    pieces = (piece for tensor in manifest.tensors for piece in tensor.pieces)
+    second = sum(piece.box.numel * ITEM_SIZES[piece.dtype] for piece in pieces)
+    return (
+        lambda done, total: progress(done, total + second),
+        lambda done, total: progress(first + done, first + total),
     )
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from checkpoint.boxes import cover_fault
-from checkpoint.opening import Opened, open_checkpoint
+from checkpoint.convert.run import convert, prepare
+from checkpoint.load import load
+from checkpoint.opening import WEIGHTS_REMEDY, Opened, open_checkpoint
+from checkpoint.verification.report import verify_checkpoint
 from checkpoint.whole import read_whole
+from checkpoint.writers.options import WriteOptions
 from parallel.layout import Layout
+from parallel.slices import TensorSlice
+from tests.checkpoint.models import Grid, slices_of
 from tests.foreign.megatron import Dist, Run, save_torch_dist
 from tests.foreign.oracle import STATES, Oracle
 
@@ -121,6 +129,75 @@ def test_other_contradictions_are_not_taken_for_a_shift(tmp_path: Path) -> None:
         with open(piece.file, "r+b") as file:
             file.seek(piece.start)
             file.write(bytes(piece.num_bytes))
-    (problem,) = open_checkpoint(folder).problems
+    opened = open_checkpoint(folder)
+    (problem,) = opened.problems
+    assert opened.optimizer_problems == (), "the weight may be what is wrong"
+    assert opened.remedy == ""
     assert problem.startswith("decoder.layers.mlp.linear_fc2.weight: 1 of 2 chunks of the master")
     assert problem.endswith("likely cause: files of different saves mixed, or a file that was changed")
+
+
+def empty(oracle: Oracle) -> list[TensorSlice]:
+    tensors = {(name, state): oracle.value(name, state) for name in oracle.shapes() for state in STATES}
+    slices = slices_of(tensors, Grid(), 0)
+    for piece in slices:
+        piece.data.fill_(7)
+    return slices
+
+
+def test_a_load_is_refused_and_says_that_weights_can_be_had(damaged: Opened) -> None:
+    slices = empty(WIDE)
+    with pytest.raises(ValueError, match="saved nowhere") as caught:
+        load(damaged, slices)
+    assert str(caught.value).endswith(f"{WEIGHTS_REMEDY}. The model has not been touched.")
+    assert all(bool((piece.data == 7).all()) for piece in slices)
+
+
+@pytest.mark.parametrize("verify", ["read", "full"])
+def test_weights_alone_are_loaded(verify: Literal["read", "full"], damaged: Opened) -> None:
+    slices = empty(WIDE)
+    state = load(damaged, slices, weights_only=True, verify=verify)
+    assert dict(state.derived) == {"master": "weight"}
+    assert state.fresh == ("exp_avg", "exp_avg_sq")
+    assert "not carried: masters and optimizer states: damaged (4 problems)" in state.notes
+    for piece in slices:
+        weight = WIDE.value(piece.name, "weight")
+        wanted = weight if piece.state in ("weight", "master") else torch.full_like(weight, 7)
+        assert torch.equal(piece.data, wanted.to(piece.data.dtype).flatten()), (piece.name, piece.state)
+
+
+def test_weights_alone_are_converted(damaged: Opened, tmp_path: Path) -> None:
+    options = WriteOptions(states=("weight",))
+    convert(prepare(damaged, "universal", options), tmp_path / "weights")
+    found = open_checkpoint(tmp_path / "weights")
+    assert {(t.name, t.state) for t in found.manifest.tensors} == {(name, "weight") for name in WIDE.shapes()}
+    for tensor in found.manifest.tensors:
+        assert torch.equal(read_whole(found.folder, tensor), WIDE.value(tensor.name, "weight"))
+
+
+@pytest.mark.parametrize("states", [None, ("weight", "master")])
+def test_a_conversion_of_more_is_refused_and_names_the_remedy(
+    states: tuple[str, ...] | None, damaged: Opened
+) -> None:
+    with pytest.raises(ValueError, match="--states weight"):
+        prepare(damaged, "universal", WriteOptions(states=states))
+
+
+def test_verification_names_the_remedy(damaged: Opened) -> None:
+    report = verify_checkpoint(damaged)
+    assert not report.is_sound
+    assert [finding.what for finding in report.findings if finding.severity == "note"] == [WEIGHTS_REMEDY]
+
+
+def test_damage_of_weights_is_refused_as_before(damaged: Opened, tmp_path: Path) -> None:
+    copy = tmp_path / damaged.folder.name
+    shutil.copytree(damaged.folder, copy)
+    weight = open_checkpoint(copy).manifest.by_key()["model.embed_tokens.weight", "weight"]
+    file = Path(weight.pieces[0].file)
+    file.write_bytes(file.read_bytes()[: weight.pieces[0].start + 10])
+    opened = open_checkpoint(copy)
+    assert opened.remedy == ""
+    with pytest.raises(ValueError, match="it is truncated"):
+        load(opened, empty(WIDE), weights_only=True)
+    with pytest.raises(ValueError, match="it is truncated"):
+        prepare(opened, "universal", WriteOptions(states=("weight",)))
