@@ -1,0 +1,1 @@
+"""What acts on the update instead of the gradient: frozen weights, anchors, slow weights."""
