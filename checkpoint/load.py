@@ -46,6 +46,8 @@ class LoadedState:
         rank_state: this rank's bytes; empty unless `same_layout`.
         derived: states that were filled from another one on any rank, e.g. {"master": "weight"}.
         fresh: states that were left as they were on any rank, because only weights were asked for.
+        absent: (logical name, state) of this rank's optional slices that were left as they were, because the
+            checkpoint lacks them or only weights were asked for.
         bytes_needed: of pieces, by this rank.
         bytes_read: from files, with what lies between short runs.
         format: what was recognised, in words.
@@ -61,6 +63,7 @@ class LoadedState:
     rank_state: Mapping[str, bytes]
     derived: Mapping[str, str]
     fresh: tuple[str, ...]
+    absent: frozenset[tuple[str, str]]
     bytes_needed: int
     bytes_read: int
     seconds: float
@@ -93,8 +96,7 @@ def load(
             `verify_checkpoint` does, which reads it once more, shared out over the ranks.
 
     Raises:
-        ValueError: the checkpoint is incomplete, damaged, or of another model. The message says whether the
-            model has been touched.
+        ValueError: it is incomplete, damaged, or of another model; says whether the model has been touched.
     """
     begin = time.monotonic()
     opened = _open(path, weights_only=weights_only)
@@ -122,6 +124,7 @@ def load(
         rank_state=rank_state,
         derived=derived,
         fresh=fresh,
+        absent=frozenset((slices[number].name, slices[number].state) for number in selection.absent),
         bytes_needed=report.needed,
         bytes_read=report.read,
         seconds=time.monotonic() - begin,

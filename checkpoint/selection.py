@@ -17,11 +17,14 @@ class Selection:
 
     Attributes:
         fresh: slices that keep what they hold, because only weights are asked for.
+        absent: optional slices that keep what they hold, because the checkpoint lacks them or only weights
+            are asked for.
         problems: everything that forbids to load, one line each.
     """
 
     source: dict[int, LogicalTensor] = field(default_factory=dict)
     fresh: list[int] = field(default_factory=list)
+    absent: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def derived(self, slices: Sequence[TensorSlice]) -> dict[str, str]:
@@ -47,13 +50,15 @@ def select(manifest: Manifest, slices: Sequence[TensorSlice], *, weights_only: b
     absent: set[str] = set()
     for number, wanted in enumerate(slices):
         if weights_only and wanted.state not in PARAMETER_STATES:
-            selection.fresh.append(number)
+            (selection.absent if wanted.optional else selection.fresh).append(number)
             continue
         if wanted.name not in names:
             problems[f"{wanted.name}: in the model {list(wanted.shape)}, not in the checkpoint"] = None
             continue
         tensor = _source(tensors, wanted, weights_only)
-        if tensor is None and wanted.state not in states:
+        if tensor is None and wanted.optional:
+            selection.absent.append(number)
+        elif tensor is None and wanted.state not in states:
             absent.add(wanted.state)
         elif tensor is None:
             problems[f"{wanted.name}: the checkpoint lacks its {wanted.state}"] = None

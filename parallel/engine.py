@@ -102,7 +102,7 @@ class Engine:
     def slices(self) -> list[TensorSlice]:
         """Every box of every logical tensor and optimizer state that this rank holds. Call on every rank."""
         self.settle()  # else only the next forward pass would fetch what others updated
-        return list(state_slices(self.named, self.optimizer, self.mesh, partial=self._added))
+        return list(state_slices(self.named, self.optimizer, self.mesh, added=self._added))
 
     def add_state(self, key: str, has: Callable[[str], bool]) -> list[MainPiece]:
         """Keep a further fp32 state of the logical tensors that `has` accepts, zero at first.

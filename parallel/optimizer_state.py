@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -62,7 +63,7 @@ def state_slices(
     optimizer: Any,
     mesh: Mesh,
     *,
-    partial: Mapping[str, Collection[str]] = MappingProxyType({}),
+    added: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> Iterator[TensorSlice]:
     """Weights, masters, moments and further states that this rank holds.
 
@@ -70,7 +71,8 @@ def state_slices(
     with it each data and context rank has a flat range of the parameter. An fp32 weight is its own master.
 
     Args:
-        partial: states that only these logical tensors have, though others may share their memory.
+        added: states that only these logical tensors have, though others may share their memory, and that a
+            checkpoint may lack.
     """
     shards = main_shards(optimizer)
     for entry in named:
@@ -84,9 +86,12 @@ def state_slices(
         if shard.is_master:
             yield from _cut(entry.blocks, "master", shard.main.data, shard.start, holders)
         for state, value in _per_element(shard).items():
-            having = partial.get(state)
-            blocks = [block for block in entry.blocks if having is None or block.name in having]
-            yield from _cut(blocks, state, value, shard.start, holders)
+            if state not in added:
+                yield from _cut(entry.blocks, state, value, shard.start, holders)
+                continue
+            blocks = [block for block in entry.blocks if block.name in added[state]]
+            for piece in _cut(blocks, state, value, shard.start, holders):
+                yield replace(piece, optional=True)
 
 
 def _per_element(shard: MainShard) -> dict[str, torch.Tensor]:

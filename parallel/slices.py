@@ -22,6 +22,7 @@ class TensorSlice:
         size: extent of the box.
         data: 1-D contiguous view of this rank's memory, row-major over the box. Loading writes into it.
         replicas: global ranks that hold this very box, sorted; this rank is one of them.
+        optional: whether a checkpoint may lack it, since whoever loads knows what to fill it with.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TensorSlice:
     size: tuple[int, ...]
     data: torch.Tensor
     replicas: tuple[int, ...]
+    optional: bool = False
 
     def __post_init__(self) -> None:
         assert self.data.dim() == 1, f"{self.name}: data has {self.data.dim()} dimensions"
