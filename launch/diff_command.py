@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +13,11 @@ import typer
 
 from launch.errors import FAILED
 from launch.progress import byte_progress
-from launch.source_options import FactsOption, SpecOption, WorkersOption, parse_facts
+from launch.source_options import FactsOption, JSONOption, SpecOption, WorkersOption, parse_facts
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from checkpoint.verification.diff import TensorDifference
 
@@ -23,13 +25,13 @@ _SHOWN = 40
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint of any format.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint of any format.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)],
     spec: SpecOption = None,
     fact: FactsOption = None,
     workers: WorkersOption = None,
     everything: Annotated[bool, typer.Option("--all", help="List equal tensors too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: JSONOption = False,
 ) -> None:
     """Compare two checkpoints of any trainers and layouts, tensor by tensor; exit 1 where they differ.
 
@@ -53,7 +55,8 @@ def diff(
         tree = [dataclasses.asdict(one) for one in found]
         console.print(json.dumps(tree, indent=2), soft_wrap=True, markup=False)
     else:
-        console.print(f"A: {ours.format}: {ours.folder}\nB: {theirs.format}: {theirs.folder}", markup=False)
+        for side, opened in (("A", ours), ("B", theirs)):
+            console.print(f"{side}: {opened.format}: {opened.folder}", markup=False, soft_wrap=True)
         show(console, found, everything=everything)
     if not all(one.is_equal for one in found):
         raise typer.Exit(FAILED)
@@ -61,29 +64,31 @@ def diff(
 
 def show(console: Console, found: list[TensorDifference], *, everything: bool) -> None:
     """How many tensors have which verdict, and those that are not equal one by one."""
-    from rich.table import Table
+    from rich.text import Text
 
     listed = [one for one in found if everything or not one.is_equal]
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("tensor", overflow="fold")
-    for column in ("state", "verdict", "differ", "max abs", "cosine"):
-        table.add_column(column)
     shown = listed if everything else listed[:_SHOWN]
-    for one in shown:
-        count = f"{one.count:,} of {one.numel:,}" if one.numel else ""
-        largest = "" if one.max_abs is None else f"{one.max_abs:.3g}"
-        cosine = "" if one.cosine is None else f"{one.cosine:.6f}"
-        style = "green" if one.is_equal else "red"
-        table.add_row(one.name, one.state, f"[{style}]{_verdict(one)}[/]", count, largest, cosine)
-    if listed:
-        console.print(table)
+    for name, states in groupby(shown, key=lambda one: one.name):
+        console.print(Text(name), soft_wrap=True)
+        for one in states:
+            console.print(Text(f"  {one.state:<12}") + _verdict(one), soft_wrap=True)
     if len(listed) > len(shown):
         console.print(f"... and {len(listed) - len(shown)} more; --all lists them")
     counts = Counter(one.verdict for one in found)
     console.print(", ".join(f"{count:,} {verdict}" for verdict, count in counts.most_common()))
 
 
-def _verdict(one: TensorDifference) -> str:
+def _verdict(one: TensorDifference) -> Text:
+    """In a word, and where both sides have numbers how many differ, how far, and the angle between them."""
+    from rich.text import Text
+
+    word = f"{one.verdict} ({one.note})" if one.note else one.verdict
     if one.verdict == "shape":
-        return f"shape {list(one.shapes[0] or ())} and {list(one.shapes[1] or ())}"
-    return f"{one.verdict} ({one.note})" if one.note else one.verdict
+        word = f"shape {list(one.shapes[0] or ())} and {list(one.shapes[1] or ())}"
+    facts = []
+    if one.verdict != "equal":  # bit for bit leaves nothing to say
+        facts += [f"{one.count:,} of {one.numel:,}"] if one.numel else []
+        facts += [] if one.max_abs is None else [f"max abs {one.max_abs:.3g}"]
+        facts += [] if one.cosine is None else [f"cosine {one.cosine:.6f}"]
+    numbers = [Text(", ".join(facts))] if facts else []
+    return Text("  ").join([Text(word, style="green" if one.is_equal else "red"), *numbers])

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.errors import FAILED, show_error
-from launch.sizes import readable_size
-from launch.source_options import FactsOption, PathArgument, SpecOption, parse_facts
+from launch.sizes import counted, readable_size
+from launch.source_options import FactsOption, JSONOption, PathArgument, SpecOption, parse_facts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every logical tensor.")] = False,
     spec: SpecOption = None,
     fact: FactsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: JSONOption = False,
 ) -> None:
     """Show what a checkpoint holds: format, step, layout, sizes, groups, and what else it says."""
     from rich.console import Console
@@ -120,8 +120,7 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     from rich.markup import escape
 
     missing = summary["missing_files"]
-    count = f"{len(missing)} file{'s' if len(missing) > 1 else ''} missing"
-    verdict = f"[bold red]{count}[/]" if missing else "[green]complete[/]"
+    verdict = f"[bold red]{counted(len(missing), 'file')} missing[/]" if missing else "[green]complete[/]"
     if summary["problems"]:
         verdict = "[bold red]damaged[/]"
     console.print(f"[bold]{escape(summary['path'])}[/]  {verdict}", soft_wrap=True, highlight=False)
@@ -129,7 +128,7 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
         "step": summary["step"],
         "parameters": f"{summary['parameters']:,}",
         "format": summary["format"],
-        "saved by": f"{summary['ranks']} ranks, {_one_line(summary['layout'] or 'layout not recorded')}",
+        "saved by": f"{counted(summary['ranks'], 'rank')}, {_layout(summary['layout'])}",
         "files": summary["files"],
         "per rank": ", ".join(summary["rank_state"]) or "nothing",
         **{name.replace("_", " "): _one_line(summary[name]) for name in _SECTIONS if name in summary},
@@ -195,6 +194,13 @@ def _tensors_table(tensors: list[dict[str, Any]]) -> Table:
         table.caption = f"each with {next(iter(kept.values()))}"
         table.caption_justify = "left"
     return table
+
+
+def _layout(layout: dict[str, Any] | None) -> str:
+    """Degrees that were given; the number of ranks stands before it."""
+    if not layout:
+        return "layout not recorded"
+    return _one_line({k: v for k, v in layout.items() if v is not None and k != "world_size"})
 
 
 def _one_line(value: Any) -> str:

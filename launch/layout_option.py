@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 LayoutOption = Annotated[
     str,
     typer.Option(
-        metavar="K=N,...", help="Degrees of [parallel], as tensor=2,pipeline=2.", show_default=False
+        metavar="K=N,...", help=r"Degrees of \[parallel], as tensor=2,pipeline=2.", show_default=False
     ),
 ]
 

@@ -11,8 +11,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 @contextmanager
-def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields what long work calls with the bytes done and the bytes in all, from any thread."""
+def byte_progress(what: str, *, before: str | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Yields what long work calls with the bytes done and the bytes in all, from any thread.
+
+    Args:
+        before: what is done until the first call, where that is something else.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -22,12 +26,16 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, speed="")
-        begin = time.monotonic()
+        task = bar.add_task(before or what, total=None, speed="")
+        first: tuple[float, int] | None = None if before else (time.monotonic(), 0)
 
         def advance(done: int, total: int) -> None:
-            seconds = time.monotonic() - begin
-            speed = f"{done / 1e9 / seconds:.2f} GB/s" if seconds > 0 else ""
-            bar.update(task, completed=done, total=max(total, 1), speed=speed)
+            nonlocal first
+            now = time.monotonic()
+            if first is None:  # the speed is that of the work itself
+                first = now, done
+            seconds = now - first[0]
+            speed = f"{(done - first[1]) / 1e9 / seconds:.2f} GB/s" if seconds > 0 else ""
+            bar.update(task, description=what, completed=done, total=max(total, 1), speed=speed)
 
         yield advance

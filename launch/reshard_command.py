@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
-
-from launch.convert_command import (
-    DryRunOption,
-    JSONOption,
-    Manner,
-    TargetArgument,
-    VerifyOption,
-    run_conversion,
-)
+from launch.conversion import Manner, run_conversion
 from launch.layout_option import LayoutOption, parse_layout
-from launch.source_options import FactsOption, PathArgument, SpecOption, WorkersOption, parse_facts
+from launch.source_options import (
+    FactsOption,
+    JSONOption,
+    PathArgument,
+    SpecOption,
+    WorkersOption,
+    parse_facts,
+)
+from launch.target_options import DryRunOption, NoVerifyOption, StatesOption, TargetArgument, parse_states
 
 
 def reshard(
     source: PathArgument,
     target: TargetArgument,
     layout: LayoutOption,
-    states: Annotated[
-        str | None,
-        typer.Option(metavar="A,B", help="Only these, as weight,master; by default all.", show_default=False),
-    ] = None,
+    states: StatesOption = None,
     spec: SpecOption = None,
     fact: FactsOption = None,
     workers: WorkersOption = None,
-    verify: VerifyOption = True,
+    no_verify: NoVerifyOption = False,
     dry_run: DryRunOption = False,
     as_json: JSONOption = False,
 ) -> None:
@@ -43,9 +38,9 @@ def reshard(
 
     degrees = {key: value for key, value in asdict(parse_layout(layout)).items() if type(value) is int}
     options = WriteOptions(
-        states=None if states is None else tuple(part.strip() for part in states.split(",")),
+        states=parse_states(states),
         facts=parse_facts(fact),
         layout=degrees,
     )
-    manner = Manner(spec, workers, False, verify, dry_run, as_json)
+    manner = Manner(spec, workers, False, not no_verify, dry_run, as_json)
     run_conversion(source, target, "ranks", options, manner)

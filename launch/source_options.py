@@ -36,6 +36,7 @@ FactsOption = Annotated[
         show_default=False,
     ),
 ]
+JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def parse_facts(given: list[str] | None) -> dict[str, int]:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from launch.errors import FAILED
 from launch.progress import byte_progress
 from launch.sizes import readable_size
-from launch.source_options import FactsOption, PathArgument, SpecOption, WorkersOption, parse_facts
+from launch.source_options import (
+    FactsOption,
+    JSONOption,
+    PathArgument,
+    SpecOption,
+    WorkersOption,
+    parse_facts,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +35,7 @@ def verify(
     spec: SpecOption = None,
     fact: FactsOption = None,
     workers: WorkersOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: JSONOption = False,
 ) -> None:
     """Read all of a checkpoint of any trainer and report damage with its likely cause; exit 1 on damage.
 
