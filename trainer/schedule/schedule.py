@@ -82,9 +82,9 @@ class Schedule:
         """Steps of the schedule, from its anchor."""
         return self.config.steps or max(1, self.train_steps - anchor.step)
 
-    def begin(self) -> Anchor:
-        """The anchor of a new run."""
-        return Anchor(0, self.config.warmup_init_lr)
+    def begin(self, step: int = 0) -> Anchor:
+        """The anchor of a run that begins at `step`, whatever was before it."""
+        return Anchor(step, self.config.warmup_init_lr)
 
     def resume(self, saved: Anchor, *, step: int, lr: float, same_run: bool) -> Anchor:
         """The anchor of a run that goes on from a checkpoint.
