@@ -38,7 +38,7 @@ SETUPS = {
 
 @functools.cache
 def found(name: str) -> Run:
-    (result,) = run_ranks(run, 1, SETUPS[name], LRS)
+    result: Run = run_ranks(run, 1, SETUPS[name], LRS)[0]
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,19 +27,37 @@ LAYOUTS = {
     "PP2, tied": World(2, Layout(pipeline=2), optimizer=OPTIMIZER),
     "CP2": World(2, Layout(context=2), optimizer=OPTIMIZER),
 }
-FISHER = {"kind": "ewc", "strength": 30.0, "sources": ["old"], "batches": 3, "sequences": 3}
+FISHER = {"kind": "ewc", "strength": 30.0, "sources": ["old"], "batches": 2, "sequences": 3}
 MAIN = {"fp32": "weight", "bf16": "master"}
 FROZEN = (r"model\.layers\.1\..*", r".*\.norm\.weight")
 METHODS = {
     "none": Setup(),
     "strength 0": Setup(anchor={"kind": "l2", "strength": 0.0}),
-    "freeze": Setup(freeze=FROZEN),
     "ewc, ema": Setup(freeze=FROZEN, anchor=FISHER | {"sequences": 1}, slow={"kind": "ema", "decay": 0.9}),
     "ewc of three, reptile": Setup(
         freeze=FROZEN, anchor=FISHER, slow={"kind": "reptile", "every": 3, "epsilon": 0.3}
     ),
     "si, ema": Setup(anchor={"kind": "si", "strength": 1.0}, slow={"kind": "ema", "decay": 0.9}),
 }
+
+
+def long(*cases: Any) -> list[Any]:
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
+        for case in cases
+    ]
+
+
+QUICK = ["DP2", "DP2, plain", "TP2"]
+PRECISIONS = [
+    ("one rank", "fp32"),
+    ("DP2", "fp32"),
+    ("DP2", "bf16"),
+    ("DP2, plain", "fp32"),
+    ("TP2", "fp32"),
+    *long(("one rank", "bf16"), ("DP2, plain", "bf16"), ("TP2", "bf16"), ("PP2, tied", "fp32")),
+    *long(("PP2, tied", "bf16")),
+]
 
 
 @functools.cache
@@ -55,9 +74,9 @@ def wholes(ranks: list[Run], step: int = -1) -> Wholes:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one rank"])
+@pytest.mark.parametrize("layout", [*QUICK, *long("CP2", "PP2, tied")])
 def test_the_layout_does_not_matter(layout: str, method: str) -> None:
-    """fp32 sums gradients in another order: 1e-5 of the largest element after four steps of 1e-3."""
+    """fp32 sums gradients in another order: 1e-5 of the largest element after three steps of 1e-3."""
     one, other = wholes(found("one rank")[method]), wholes(found(layout)[method])
     assert one.keys() == other.keys()
     for key, value in one.items():
@@ -66,8 +85,7 @@ def test_the_layout_does_not_matter(layout: str, method: str) -> None:
         assert float((value - other[key]).abs().max()) <= tolerance * scale, key
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", ["one rank", "DP2", "DP2, plain", "TP2", "PP2, tied"])
+@pytest.mark.parametrize(("layout", "precision"), PRECISIONS)
 def test_strength_zero_changes_no_bit(layout: str, precision: str) -> None:
     methods = found(layout, precision)
     off, on = wholes(methods["none"]), wholes(methods["strength 0"])
@@ -75,9 +93,8 @@ def test_strength_zero_changes_no_bit(layout: str, precision: str) -> None:
     assert methods["none"][0].losses == methods["strength 0"][0].losses
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", ["one rank", "DP2", "DP2, plain", "TP2", "PP2, tied"])
-@pytest.mark.parametrize("method", ["freeze", "ewc, ema", "ewc of three, reptile"])
+@pytest.mark.parametrize(("layout", "precision"), PRECISIONS)
+@pytest.mark.parametrize("method", ["ewc, ema", "ewc of three, reptile"])
 def test_frozen_weights_keep_every_bit_and_the_others_move(layout: str, precision: str, method: str) -> None:
     ranks = found(layout, precision)[method]
     start, end = wholes(ranks, 0), wholes(ranks)
@@ -91,7 +108,7 @@ def test_frozen_weights_keep_every_bit_and_the_others_move(layout: str, precisio
     assert all(bool(end[key].any()) for key in moments), "their moments go on"
 
 
-@pytest.mark.parametrize("layout", ["DP2", "DP2, plain", "TP2"])
+@pytest.mark.parametrize("layout", ["DP2", *long("DP2, plain", "TP2")])
 @pytest.mark.parametrize("method", ["ewc of three, reptile", "si, ema"])
 def test_weights_are_the_rounded_masters(layout: str, method: str) -> None:
     end = wholes(found(layout, "bf16")[method])
