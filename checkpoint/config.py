@@ -34,9 +34,6 @@ class CheckpointConfig(Settings):
         default=True,
         description="Go on from this run's own newest checkpoint when there is one, rather than `load`.",
     )
-    weights_only: bool = Field(
-        default=False, description="Take only weights and masters from `load`: fresh moments, step 0."
-    )
     parity: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="Compare the logits with transformers' before the first step of a run that starts from a "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from checkpoint.manifest import PARAMETER_STATES, LogicalTensor, Manifest
 from parallel.slices import TensorSlice
 
-FRESH_MOMENTS = "set weights_only = true under [checkpoint] to start with fresh moments"
+FRESH_MOMENTS = 'set moments = "reset" under [start] to begin with fresh ones'
 
 
 @dataclass

@@ -24,8 +24,8 @@ from trainer.config import (
     open_start,
     resolve,
     resumes_itself,
+    start_decisions,
     starting_checkpoint,
-    starts_afresh,
 )
 from trainer.flops import training_flops
 from trainer.memory import Batch, estimate_memory
@@ -197,9 +197,12 @@ def _start(config: RunConfig) -> str:
     if path is None:
         return "new weights"
     opened = open_start(config, path)
-    if not resumes_itself(config, path) and starts_afresh(config, opened):
+    decisions = start_decisions(config, opened, same_run=resumes_itself(config, path))
+    kept = [field for field, decision in decisions.items() if decision.verdict == "keep"]
+    if not kept:
         return f"{path}: {opened.format}, weights alone; step 0"
-    return f"{path}: {opened.format}, step {opened.manifest.step:,}"
+    step = opened.manifest.step if "step" in kept else 0
+    return f"{path}: {opened.format}, step {step:,}; weights, {', '.join(kept)} kept"
 
 
 def notes(config: RunConfig) -> list[str]:
@@ -215,8 +218,8 @@ def notes(config: RunConfig) -> list[str]:
             f"checkpoint.every = {config.checkpoint.every} is more than train.steps = {config.train.steps}: "
             "nothing is saved before the end"
         )
-    if config.schedule.anchor == "resume" and config.checkpoint.load is None:
-        found.append("schedule.anchor = resume has no effect without checkpoint.load")
+    if config.start.policy is not None and config.checkpoint.load is None:
+        found.append(f"start.policy = {config.start.policy} has no effect without checkpoint.load")
     if config.data.validation and config.eval.every == 0:
         found.append("eval.every = 0: the validation sets are read at the end only")
     return found

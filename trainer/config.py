@@ -20,7 +20,10 @@ from trainer.optimizer import OptimizerConfig
 from trainer.precision import PrecisionConfig
 from trainer.run_config import EvalConfig, MetricsConfig, RunSettings, TrainConfig
 from trainer.run_file import RunFile, apply_overrides, read_run_file, to_toml
-from trainer.schedule import Anchor, Schedule, ScheduleConfig
+from trainer.schedule import Schedule, ScheduleConfig
+from trainer.stages.anchoring import anchor_of
+from trainer.stages.decisions import Decision, Held, decide, keep_all
+from trainer.stages.start_config import StartConfig
 
 if TYPE_CHECKING:
     from checkpoint.opening import Opened
@@ -38,6 +41,7 @@ class RunConfig(Settings):
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    start: StartConfig = StartConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -119,14 +123,22 @@ def resumes_itself(config: RunConfig, path: Path) -> bool:
     return config.checkpoint.resume and path.parent == config.run.checkpoints
 
 
-def starts_afresh(config: RunConfig, opened: "Opened") -> bool:
-    """Whether only weights are taken from another run's checkpoint: as asked, or since it has no more.
+def start_decisions(config: RunConfig, opened: "Opened", *, same_run: bool) -> dict[str, Decision]:
+    """What the run keeps of the checkpoint that it starts from, field by field.
 
-    A Hugging Face folder never has more, nor has what was converted from one. Of other formats it has to be
-    said: where they lack moments, something may be missing.
+    Raises:
+        ValueError: as `trainer.stages.decisions.decide`.
     """
-    origin = str(opened.manifest.state.get("format", ""))
-    return config.checkpoint.weights_only or origin.startswith(HUGGING_FACE)
+    if same_run:
+        return keep_all("the run's own checkpoint")
+    states = frozenset(tensor.state for tensor in opened.manifest.tensors)
+    state = opened.manifest.state
+    origin = str(state.get("format", ""))  # of what was converted from such a folder too
+    held = Held.of(opened.format, states, state, weights_format=origin.startswith(HUGGING_FACE))
+    decisions = decide(config.start, held)
+    if config.schedule.kind == "anneal":
+        decisions["schedule"] = Decision("anchor", "an anneal begins where it branches off")
+    return decisions
 
 
 def config_toml(config: RunConfig) -> str:
@@ -228,23 +240,20 @@ def open_start(config: RunConfig, path: Path) -> "Opened":
 def _start_problems(config: RunConfig, path: Path) -> list[str]:
     """What is wrong with going on from the checkpoint at `path`: its step and where the schedule begins."""
     same_run, opened = resumes_itself(config, path), open_start(config, path)
-    afresh = not same_run and starts_afresh(config, opened)
-    opened = opened.weights_alone() if afresh else opened
+    decisions = start_decisions(config, opened, same_run=same_run)
+    opened = opened.weights_alone() if decisions["moments"].verdict == "reset" else opened
     if opened.problems:
         return [f"checkpoint.load: {problem}" for problem in (*opened.problems, opened.remedy) if problem]
-    plan, step, found = schedule(config), opened.manifest.step, opened.manifest.state
-    if afresh:
-        return plan.problems()
+    step = opened.manifest.step if decisions["step"].verdict == "keep" else 0
     if same_run and step >= config.train.steps:
         return []  # done already, which is no fault
     if step >= config.train.steps:
         return [
             f"train.steps = {config.train.steps}, but {path} is at step {step} already: train.steps "
-            "counts from the first run's beginning; raise it, or set checkpoint.weights_only = true"
+            'counts from the first run\'s beginning; raise it, or set start.policy = "weights"'
         ]
-    saved = Anchor.from_json(found["schedule"]["anchor"]) if "schedule" in found else plan.begin()
-    lr = float(found.get("scalars", {}).get("lr", 0.0))
-    return plan.problems(plan.resume(saved, step=step, lr=lr, same_run=same_run))
+    plan = schedule(config)
+    return plan.problems(anchor_of(config.start, plan, decisions, step=step, state=opened.manifest.state))
 
 
 def _spec_problems(config: RunConfig) -> list[str]:

@@ -18,11 +18,13 @@ from trainer.config import (
     open_start,
     resumes_itself,
     schedule,
-    starts_afresh,
+    start_decisions,
 )
 from trainer.model.of_checkpoint import stated_fields
 from trainer.parity.start import gate
 from trainer.schedule import Anchor, Schedule
+from trainer.stages.anchoring import anchor_of
+from trainer.stages.decisions import Decision
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class Start:
     rank_state: Mapping[str, bytes]
 
 
-def begin(plan: Schedule, lineage: list[dict[str, Any]] | None = None) -> Start:
-    """A run that starts at step 0, from nothing or from weights alone."""
-    return Start(0, 0, 0.0, plan.begin(), None, False, None, lineage or [], {})
+def begin(plan: Schedule) -> Start:
+    """A run that starts from nothing."""
+    return Start(0, 0, 0.0, plan.begin(), None, False, None, [], {})
 
 
 def start_from(
@@ -66,32 +68,32 @@ def start_from(
     """
     plan, same_run = schedule(config), resumes_itself(config, path)
     opened = open_start(config, path)
-    weights_only = not same_run and starts_afresh(config, opened)
-    loaded = load(opened, engine.slices(), rank=engine.mesh.rank, layout=layout, weights_only=weights_only)
+    decisions = start_decisions(config, opened, same_run=same_run)
+    kept = {field for field, decision in decisions.items() if decision.verdict == "keep"}
+    loaded = load(
+        opened,
+        engine.slices(),
+        rank=engine.mesh.rank,
+        layout=layout,
+        weights_only="moments" not in kept,
+    )
     notes = _what_was_loaded(opened, loaded) + _changes(opened, config)
-    lineage = _lineage(opened, loaded, same_run=same_run)
-    if loaded.fresh:
-        notes.append(f"{', '.join(loaded.fresh)} start fresh, and so do step, schedule and data")
-        if opened.format.startswith(HUGGING_FACE):
-            notes += filter(None, [gate(config, engine, opened)])
-        return begin(plan, lineage), notes
-    found = loaded.state
+    if not same_run and opened.format.startswith(HUGGING_FACE):
+        notes += filter(None, [gate(config, engine, opened)])
+    found, step = loaded.state, loaded.step if "step" in kept else 0
     scalars = found.get("scalars", {})
-    lr = float(scalars.get("lr", 0.0))
-    saved = Anchor.from_json(found["schedule"]["anchor"]) if "schedule" in found else plan.begin()
-    anchor = plan.resume(saved, step=loaded.step, lr=lr, same_run=same_run)
     start = Start(
-        step=loaded.step,
-        updates=int(scalars.get("updates", loaded.step)),
-        lr=lr,
-        anchor=anchor,
-        data=found.get("data"),
+        step=step,
+        updates=int(scalars.get("updates", loaded.step)) if "moments" in kept else 0,
+        lr=float(scalars.get("lr", 0.0)) if "step" in kept else 0.0,
+        anchor=anchor_of(config.start, plan, decisions, step=step, state=found),
+        data=found.get("data") if "data" in kept else None,
         resumed=same_run,
         run_id=loaded.run_id if same_run else None,
-        lineage=lineage,
-        rank_state=loaded.rank_state,
+        lineage=_lineage(opened, loaded, same_run=same_run),
+        rank_state=loaded.rank_state if "random" in kept else {},
     )
-    return start, notes + _ways_of_going_on(start, saved, config, found)
+    return start, notes + _ways_of_going_on(start, decisions, config, loaded)
 
 
 def _what_was_loaded(opened: Opened, loaded: LoadedState) -> list[str]:
@@ -116,25 +118,31 @@ def _lineage(opened: Opened, loaded: LoadedState, *, same_run: bool) -> list[dic
     return [*lineage, origin]
 
 
-def _ways_of_going_on(start: Start, saved: Anchor, config: RunConfig, found: Mapping[str, Any]) -> list[str]:
-    notes = []
-    if "updates" not in found.get("scalars", {}):
+def _ways_of_going_on(
+    start: Start, decisions: Mapping[str, Decision], config: RunConfig, loaded: LoadedState
+) -> list[str]:
+    notes, found = [], loaded.state
+    anew = [field for field, one in decisions.items() if one.verdict == "reset" and field != "moments"]
+    if loaded.fresh:
+        also = f", and so do {', '.join(anew)}" if anew else ""
+        notes.append(f"{', '.join(loaded.fresh)} start fresh{also}: {decisions['moments'].reason}")
+    elif anew:
+        notes.append(f"begin anew: {'; '.join(f'{field} ({decisions[field].reason})' for field in anew)}")
+    if "updates" not in found.get("scalars", {}) and start.updates:
         notes.append(
             "the checkpoint's parameters have made different numbers of updates: Adam counts "
             f"{start.updates} for all of them, the checkpoint's step"
         )
-    if "schedule" not in found:
-        notes.append(
-            f"the checkpoint has no schedule of ours: {config.schedule.kind} counts from step "
-            f"{start.anchor.step}"
-        )
-    elif start.anchor != saved:
+    if decisions["schedule"].verdict == "anchor":
         notes.append(
             f"the schedule starts anew: {config.schedule.kind} from step {start.anchor.step}, "
             f"learning rate {start.anchor.lr:.3g}"
         )
-    if start.data is None:
-        notes.append("the checkpoint has no data position of ours: every source starts at its beginning")
+    elif "schedule" not in found and decisions["schedule"].verdict == "keep":
+        notes.append(
+            f"the checkpoint has no schedule of ours: {config.schedule.kind} counts from step "
+            f"{start.anchor.step}"
+        )
     return notes
 
 

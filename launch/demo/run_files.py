@@ -41,7 +41,10 @@ def second_run_file(plan: Plan) -> str:
         f"""\
 [checkpoint]
 load = {_toml(plan.run_folders[0])}  # the newest one in there
-every = {plan.size.second_steps}""",
+every = {plan.size.second_steps}
+
+[start]
+policy = "rewarm"  # a new schedule from here on; weights and moments stay""",
         _model(),
         _parallel(plan, 1),
         _data(plan),
@@ -51,7 +54,6 @@ every = {plan.size.second_steps}""",
         f"""\
 [schedule]
 kind = "cosine"
-anchor = "resume"  # a new schedule from here on; weights and moments stay
 warmup_steps = {plan.size.warmup_steps}""",
         _train(plan, 1),
         _reporting(plan),

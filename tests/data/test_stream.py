@@ -195,7 +195,7 @@ def test_other_data_under_the_same_name_start_over(
 
 def test_another_tokenizer_cannot_go_on(entries: dict[str, Any]) -> None:
     state = build(entries).state(5)
-    with pytest.raises(ValueError, match=r"data\.tokenizer.*data\.eod.*weights_only = true"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer.*data\.eod.*policy = .weights."):
         build(entries, eod="w7", state=state)
 
 

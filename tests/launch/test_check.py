@@ -89,7 +89,7 @@ def test_nothing_to_note_about_a_plain_run() -> None:
     [
         ("schedule", {"steps": 200}, "will not reach optimizer.min_lr"),
         ("checkpoint", {"every": 1000}, "nothing is saved before the end"),
-        ("schedule", {"anchor": "resume"}, "no effect without checkpoint.load"),
+        ("start", {"policy": "rewarm"}, "no effect without checkpoint.load"),
         (
             "data",
             {"sources": [{"name": "a", "path": "a"}], "validation": [{"name": "v", "path": "v"}]},

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+TIMEOUT = 1500
+
 
 def matrix(*only: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tools.convert_matrix", "--json"]
     command += ["--only", *only] if only else []
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.stdout, done.stderr[-4000:]
     return json.loads(done.stdout)
 
@@ -33,6 +35,7 @@ def test_two_sources_become_every_target() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(TIMEOUT)
 def test_every_source_becomes_every_target() -> None:
     rows = matrix()
     assert len(rows) > 20

@@ -91,10 +91,10 @@ def test_a_schedule_from_the_resume_warms_up_from_the_other_trainers_rate(
     folder: Path, first: RunConfig
 ) -> None:
     path = foreign(first, folder, "with-lr", scalars={"updates": STOP, "lr": 5e-4})
-    found = go_on(folder, path, "rewarmed", Layout(), schedule__anchor="resume")
+    found = go_on(folder, path, "rewarmed", Layout(), start__policy="rewarm")
     assert found.anchor == (STOP, 5e-4)
     assert found.records.steps[0].lr == 5e-4
-    assert "every source starts at its beginning" in " ".join(found.notes)
+    assert "data (the checkpoint (" in " ".join(found.notes)
 
 
 def test_parameters_of_different_ages_are_said(folder: Path, first: RunConfig) -> None:
@@ -105,7 +105,7 @@ def test_parameters_of_different_ages_are_said(folder: Path, first: RunConfig) -
 
 def test_weights_alone_of_another_trainer(folder: Path, first: RunConfig) -> None:
     path = foreign(first, folder, "weights-alone")
-    found = go_on(folder, path, "from-weights", Layout(), checkpoint__weights_only=True)
+    found = go_on(folder, path, "from-weights", Layout(), start__policy="weights")
     assert (found.step, found.updates) == (0, 0)
     assert list(found.records.losses) == [1, 2, 3, 4, 5, 6]
 

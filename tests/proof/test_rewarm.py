@@ -28,7 +28,7 @@ WARM_UP = 2
 NEW: dict[str, Any] = {
     "optimizer__lr": PEAK,
     "optimizer__min_lr": FLOOR,
-    "schedule__anchor": "resume",
+    "start__policy": "rewarm",
     "schedule__kind": "cosine",
     "schedule__warmup_steps": WARM_UP,
     "schedule__steps": None,
@@ -77,7 +77,7 @@ def last_rate(first: RunConfig) -> float:
 @pytest.mark.parametrize("origin", ["current", "zero", "min_lr"])
 def test_the_rate_warms_up_again_from_where_it_should(first: RunConfig, origin: str) -> None:
     begin = {"current": last_rate(first), "zero": 0.0, "min_lr": FLOOR}[origin]
-    resumed = run_ranks(look_and_run, 1, second(first, origin, schedule__rewarm_from=origin))[0]
+    resumed = run_ranks(look_and_run, 1, second(first, origin, start__rewarm_from=origin))[0]
     assert resumed.anchor == (BEGIN, pytest.approx(begin))
     assert rates(resumed) == pytest.approx(expected(begin))
     assert "the schedule starts anew" in " ".join(resumed.notes)
@@ -108,7 +108,7 @@ def test_its_own_resume_keeps_the_anchor(first: RunConfig) -> None:
 
 
 def test_without_a_new_anchor_the_old_schedule_goes_on(first: RunConfig) -> None:
-    """The same form under anchor = "start": the learning rates of the run that never stopped."""
+    """The same form under the policy "continue": the learning rates of the run that never stopped."""
     uninterrupted = run_config(first.run.folder.parent, Layout(), run__name="uninterrupted")
     goes_on = run_config(
         first.run.folder.parent,

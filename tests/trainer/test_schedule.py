@@ -121,6 +121,6 @@ def test_exponential_decay_needs_a_floor_above_zero() -> None:
 
 
 def test_a_resumed_schedule_too_short_for_its_warmup_is_named() -> None:
-    one = schedule("cosine", warmup_steps=10, anchor="resume")
+    one = schedule("cosine", warmup_steps=10)
     assert not one.problems()
     assert "6 steps from step 95" in one.problems(Anchor(95, FLOOR))[0]

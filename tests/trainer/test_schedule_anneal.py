@@ -19,17 +19,12 @@ def annealing(style: str = "linear", *, steps: int = 51, floor: float = FLOOR, *
     return Schedule(ScheduleConfig(kind="anneal", decay_style=style, **fields), PEAK, floor, BRANCH + steps)
 
 
-def branch(one: Schedule, lr: float = TRUNK) -> Anchor:
-    return one.resume(Anchor(3, 1e-5), step=BRANCH, lr=lr, same_run=False)
+def branch(lr: float = TRUNK) -> Anchor:
+    return Anchor(BRANCH, lr)
 
 
 def rates(one: Schedule, anchor: Anchor) -> list[float]:
     return [one.lr(step, anchor) for step in range(anchor.step, one.train_steps)]
-
-
-def test_it_is_anchored_where_it_branches_off() -> None:
-    assert branch(annealing()) == Anchor(BRANCH, TRUNK)
-    assert branch(annealing(rewarm_from="zero")) == Anchor(BRANCH, TRUNK)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +38,7 @@ def test_it_is_anchored_where_it_branches_off() -> None:
 )
 def test_it_runs_from_the_trunks_learning_rate_to_the_floor(style: str, middle: float) -> None:
     one = annealing(style)
-    curve = rates(one, branch(one))
+    curve = rates(one, branch())
     assert (curve[0], curve[25], curve[50]) == pytest.approx((TRUNK, middle, FLOOR), rel=1e-12)
     assert all(a > b for a, b in pairwise(curve))
 
@@ -52,35 +47,27 @@ def test_it_runs_from_the_trunks_learning_rate_to_the_floor(style: str, middle: 
 @pytest.mark.parametrize("steps", [11, 51, 201])
 def test_several_budgets_branch_off_one_trunk(style: str, steps: int) -> None:
     one = annealing(style, steps=steps)
-    curve = rates(one, branch(one))
+    curve = rates(one, branch())
     assert len(curve) == steps
     assert (curve[0], curve[-1]) == pytest.approx((TRUNK, FLOOR), rel=1e-12)
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_a_resumed_anneal_is_the_same_anneal(style: str) -> None:
-    one = annealing(style)
-    anchor = branch(one)
-    again = one.resume(anchor, step=BRANCH + 20, lr=one.lr(BRANCH + 19, anchor), same_run=True)
-    assert [one.lr(step, again) for step in range(BRANCH + 20, BRANCH + 51)] == rates(one, anchor)[20:]
-
-
 def test_the_floor_is_kept_after_the_last_step() -> None:
     one = annealing(steps=51)
-    assert one.lr(BRANCH + 500, branch(one)) == FLOOR
+    assert one.lr(BRANCH + 500, branch()) == FLOOR
 
 
 def test_an_own_length_counts_from_the_branch() -> None:
     one = annealing()
     shorter = Schedule(one.config.model_copy(update={"steps": 11}), PEAK, FLOOR, one.train_steps)
-    anchor = branch(shorter)
+    anchor = branch()
     assert shorter.lr(BRANCH + 10, anchor) == pytest.approx(FLOOR, rel=1e-12)
     assert shorter.lr(BRANCH + 9, anchor) > FLOOR
 
 
 def test_all_of_it_is_annealed() -> None:
     one = annealing()
-    assert {one.phase(step, branch(one)) for step in range(BRANCH, BRANCH + 60)} == {"annealed"}
+    assert {one.phase(step, branch()) for step in range(BRANCH, BRANCH + 60)} == {"annealed"}
 
 
 def test_weights_without_a_learning_rate_may_name_one() -> None:

@@ -39,14 +39,6 @@ def test_learning_rate_and_phase_depend_on_the_step_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CURVES)
-def test_a_resume_of_the_same_run_changes_nothing(kind: str) -> None:
-    one = schedule(kind, anchor="resume")
-    for stop in range(8, 107):
-        anchor = one.resume(ANCHOR, step=stop, lr=one.lr(stop - 1, ANCHOR), same_run=True)
-        assert one.lr(stop, anchor) == one.lr(stop, ANCHOR)
-
-
-@pytest.mark.parametrize("kind", CURVES)
 def test_a_schedule_moves_with_its_anchor(kind: str) -> None:
     later = Anchor(1007, ANCHOR.lr)
     one = schedule(kind)

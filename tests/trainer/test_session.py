@@ -91,7 +91,7 @@ def test_resume_off_ignores_its_own(folder: Path, first: RunConfig) -> None:
 
 def test_weights_alone_start_everything_else_anew(folder: Path, first: RunConfig) -> None:
     path = checkpoint(first, STEPS)
-    found = start(folder, "weights", checkpoint__load=path, checkpoint__weights_only=True)
+    found = start(folder, "weights", checkpoint__load=path, start__policy="weights")
     assert (found.step, found.updates, found.anchor) == (0, 0, (0, 0.0))
     wholes, saved = whole_tensors([found.slices]), read_checkpoint(path)
     weights = {key for key in saved if key[1] == "weight"}
@@ -102,8 +102,8 @@ def test_weights_alone_start_everything_else_anew(folder: Path, first: RunConfig
 
 
 def test_a_run_from_weights_alone_resumes_as_itself(folder: Path, first: RunConfig) -> None:
-    """weights_only is about `load`; its own checkpoints bring moments and step."""
-    changes = {"checkpoint__load": checkpoint(first, STEPS), "checkpoint__weights_only": True}
+    """The policy is about `load`; its own checkpoints bring moments and step."""
+    changes = {"checkpoint__load": checkpoint(first, STEPS), "start__policy": "weights"}
     whole = run_config(folder, run__name="fresh", **changes)
     losses = run_ranks(run, 1, whole)[0].losses
     again = run_config(folder, run__name="fresh-again", **changes)

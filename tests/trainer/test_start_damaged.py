@@ -37,6 +37,6 @@ def test_the_run_is_refused_and_the_remedy_named(damaged: Path, folder: Path) ->
 
 def test_a_run_from_the_weights_alone_is_not(damaged: Path, folder: Path) -> None:
     config = run_config(
-        folder, Layout(), run__name="weights", checkpoint__load=damaged, checkpoint__weights_only=True
+        folder, Layout(), run__name="weights", checkpoint__load=damaged, start__policy="weights"
     )
     assert validate(config, 1) == []

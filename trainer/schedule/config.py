@@ -49,10 +49,6 @@ class ScheduleConfig(Settings):
         period: of "cyclic" only: steps of the first cycle.
         period_growth: of "cyclic" only: length of a cycle, as a multiple of the one before.
         peak_decay: of "cyclic" only: height of a peak above min_lr, as a share of the one before.
-        anchor: what a run does that starts from another run's checkpoint. "start" keeps its anchor, "resume"
-            anchors this schedule at the first new step; "anneal" is always anchored there.
-        rewarm_from: of anchor "resume" only: where the new warm-up starts: at the checkpoint's learning rate,
-            at 0, or at min_lr.
         envelope: how the peak falls from stage to stage.
     """
 
@@ -70,6 +66,4 @@ class ScheduleConfig(Settings):
     period: Annotated[int, Field(ge=2)] | None = None
     period_growth: Annotated[float, Field(ge=1)] = 1.0
     peak_decay: Share = 1.0
-    anchor: Literal["start", "resume"] = "start"
-    rewarm_from: Literal["current", "zero", "min_lr"] = "current"
     envelope: EnvelopeConfig = EnvelopeConfig()

@@ -2,8 +2,8 @@
 
 Steps count from 0, and the update of step s uses the learning rate of s. A schedule runs from its anchor: the
 first step it governs, and the learning rate it starts from. A new run is anchored at step 0. A run that goes
-on from a checkpoint keeps the anchor it finds there, or drops a new one and so warms up and decays again with
-weights and moments kept (Ibrahim et al. 2024, arXiv 2403.08763, section 3.1).
+on from a checkpoint keeps the anchor it finds there, or drops a new one and so warms up and decays again, as
+`[start]` says.
 """
 
 from __future__ import annotations
@@ -85,24 +85,6 @@ class Schedule:
     def begin(self, step: int = 0) -> Anchor:
         """The anchor of a run that begins at `step`, whatever was before it."""
         return Anchor(step, self.config.warmup_init_lr)
-
-    def resume(self, saved: Anchor, *, step: int, lr: float, same_run: bool) -> Anchor:
-        """The anchor of a run that goes on from a checkpoint.
-
-        Args:
-            saved: the checkpoint's anchor.
-            step: the next step.
-            lr: learning rate of the checkpoint's last update.
-            same_run: the checkpoint is this run's own, so whatever it decided stays.
-        """
-        if same_run:
-            return saved
-        if self.config.kind == "anneal":
-            return Anchor(step, lr)
-        if self.config.anchor == "start":
-            return saved
-        start = {"current": lr, "zero": 0.0, "min_lr": self.floor}[self.config.rewarm_from]
-        return Anchor(step, start)
 
     def problems(self, anchor: Anchor | None = None) -> list[str]:
         """Every contradiction under `anchor`, one sentence each with the remedy."""
