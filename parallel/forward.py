@@ -88,15 +88,51 @@ def run_micro_batches(
     Returns:
         The reports of `loss`, one a micro-batch, on the last pipeline stage; nothing elsewhere.
     """
+
+    def finish(step: _MicroStep, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = step.mine(step.batch.loss_weights), step.mine(step.batch.sources)
+        if on_logits is None:
+            return loss(output, *columns)
+        losses = _cross_entropy(engine.chunks[-1], step.mine(step.batch.labels), output)
+        total, report = loss(losses, *columns)
+        more, further = on_logits(LastStage(step.number, output, *columns))
+        return total + more, torch.cat([report, further], 1)
+
+    forward = partial(_forward_step, model=engine, finish=finish, with_labels=on_logits is None)
+    return _run(engine, batches, partial(forward, document_mask=document_mask), forward_only=forward_only)
+
+
+@torch.no_grad()
+def forward_logits(
+    model: Model,
+    batches: Sequence[Batch],
+    keep: Callable[[int, torch.Tensor], None],
+    *,
+    document_mask: bool = True,
+) -> None:
+    """Run micro-batches forward; on the last stage `keep` gets the number of each and its logits.
+
+    The logits are fp32 [b, s/CP, V/TP] as in `LastStage`.
+    """
+
+    def finish(step: _MicroStep, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keep(step.number, output)
+        return output.new_zeros(()), output.new_zeros(())
+
+    forward = partial(_forward_step, model=model, finish=finish, with_labels=False)
+    _run(model, batches, partial(forward, document_mask=document_mask), forward_only=True)
+
+
+def _run(
+    model: Model, batches: Sequence[Batch], forward: Callable[..., Any], *, forward_only: bool
+) -> list[Any]:
+    """megatron-core's schedule for this layout; returns the reports."""
     micro_batch, length = batches[0].tokens.shape
-    chunks = engine.wrapped
+    chunks = model.wrapped
     for chunk in chunks:
         chunk.train(not forward_only)
     steps = [iter(enumerate(batches)) for _ in chunks]
     single = len(chunks) == 1
-    forward = partial(
-        _forward_step, engine=engine, loss=loss, document_mask=document_mask, on_logits=on_logits
-    )
     reports: list[Any] = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=steps[0] if single else steps,
@@ -109,43 +145,51 @@ def run_micro_batches(
     return reports
 
 
-def _forward_step(
-    batches: Iterator[tuple[int, Batch]],
-    chunk: Any,
-    *,
-    engine: Model,
-    loss: Loss,
-    document_mask: bool,
-    on_logits: LogitsLoss | None,
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    """What megatron-core's schedules call for every micro-batch and chunk."""
-    (number, batch), device = next(batches), engine.mesh.device
+@dataclass(frozen=True)
+class _MicroStep:
+    """A micro-batch on its way through this rank."""
 
-    def mine(column: torch.Tensor) -> torch.Tensor:
+    number: int
+    batch: Batch
+    mesh: Mesh
+
+    def mine(self, column: torch.Tensor) -> torch.Tensor:
         """This context rank's share of a [b, s] column, on its device.
 
         From pinned memory, since a copy from any other waits for what the device is doing.
         """
-        part = context_slice(column, 1, engine.mesh.context_rank, engine.mesh.layout.context).contiguous()
-        return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
+        mesh = self.mesh
+        part = context_slice(column, 1, mesh.context_rank, mesh.layout.context).contiguous()
+        return part.pin_memory().to(mesh.device, non_blocking=True) if mesh.device.type == "cuda" else part
 
-    labels = mine(batch.labels)
+
+_Finish = Callable[[_MicroStep, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _forward_step(
+    batches: Iterator[tuple[int, Batch]],
+    chunk: Any,
+    *,
+    model: Model,
+    finish: _Finish,
+    document_mask: bool,
+    with_labels: bool,
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """What megatron-core's schedules call for every micro-batch and chunk."""
+    step = _MicroStep(*next(batches), model.mesh)
     output = chunk(
-        input_ids=mine(batch.tokens),
-        position_ids=mine(batch.positions),
+        input_ids=step.mine(step.batch.tokens),
+        position_ids=step.mine(step.batch.positions),
         # On the host, where attention is planned: reading them back would wait for the device.
-        attention_mask=batch.documents if document_mask else None,
-        labels=labels if on_logits is None else None,  # without labels the model ends with its logits
+        attention_mask=step.batch.documents if document_mask else None,
+        labels=step.mine(step.batch.labels)
+        if with_labels
+        else None,  # without, the model ends with its logits
     )
 
     def reduce(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss_weights, sources = mine(batch.loss_weights), mine(batch.sources)
-        losses = output if on_logits is None else _cross_entropy(engine.chunks[-1], labels, output)
-        total, report = loss(losses, loss_weights, sources)
-        if on_logits is not None:
-            more, columns = on_logits(LastStage(number, output, loss_weights, sources))
-            total, report = total + more, torch.cat([report, columns], 1)
-        return total, torch.zeros((), dtype=torch.int, device=device), report
+        total, report = finish(step, output)
+        return total, torch.zeros((), dtype=torch.int, device=model.mesh.device), report
 
     return output, reduce
 

@@ -65,6 +65,8 @@ class Progress:
             },
             source_losses={name: loss for name, loss, _ in present},
             source_tokens={name: round(count) for name, _, count in present},
+            auxiliary={one.name: one.loss for one in report.auxiliary},
+            auxiliary_by_source={one.name: one.by_source for one in report.auxiliary},
             memory_bytes=torch.cuda.max_memory_allocated() if cuda else None,
             gpu=self._gpu.read(),
         )

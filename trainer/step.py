@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from parallel.engine import Engine
-from parallel.forward import Batch, gather_texts, run_micro_batches, sum_over_data, sum_reports
+from parallel.forward import (
+    Batch,
+    LogitsLoss,
+    gather_texts,
+    run_micro_batches,
+    sum_over_data,
+    sum_reports,
+)
 from trainer.loss import token_loss
+from trainer.losses.auxiliary import AuxLossReport, StepLosses
 
 
 class NonFiniteError(RuntimeError):
@@ -39,10 +47,12 @@ class StepReport(LossReport):
     Attributes:
         grad_norm: 2-norm of the gradient of the mean loss over the whole mesh, before clipping.
         lr: learning rate of the update.
+        auxiliary: the losses beside the cross-entropy that were on.
     """
 
     grad_norm: float
     lr: float
+    auxiliary: tuple[AuxLossReport, ...] = ()
 
 
 def train_step(
@@ -53,11 +63,13 @@ def train_step(
     source_names: Sequence[str],
     tokens: float | None = None,
     document_mask: bool = True,
+    losses: StepLosses | None = None,
 ) -> StepReport:
     """Make one update from this data rank's micro-batches of a global batch.
 
     Args:
         tokens: sum of the loss weights of the global batch; counted over the data ranks when not known.
+        losses: what is added to the cross-entropy, on the last stage.
 
     Raises:
         NonFiniteError: before the update, so that weights and moments stay as they were.
@@ -68,17 +80,24 @@ def train_step(
         raise ValueError(
             "the global batch has no token that counts in the loss: check the data's loss weights"
         )
+    if losses is not None:
+        losses.prepare(batches)
     engine.zero_grad()
     engine.scale_loss(1.0 / tokens)
-    reports = run_micro_batches(engine, batches, token_loss(len(source_names)), document_mask=document_mask)
+    reports = run_micro_batches(
+        engine, batches, token_loss(len(source_names)), document_mask=document_mask, on_logits=losses
+    )
     norm = engine.gradient_norm()  # before the first look at a loss, which waits for the device
-    total = mean_losses(sum_reports(engine, reports, (len(source_names), 2)))
-    if not math.isfinite(total.loss):
+    columns = 2 if losses is None else 2 + len(losses.terms)
+    sums = sum_reports(engine, reports, (len(source_names), columns))
+    if not sums.isfinite().all():
         raise NonFiniteError(_where_loss(engine, reports, source_names))
     if not math.isfinite(norm):
-        raise NonFiniteError(_where_gradient(engine, batches, source_names, norm))
+        raise NonFiniteError(_where_gradient(engine, batches, source_names, norm, losses))
     engine.update(lr, norm)
-    return StepReport(total.loss, total.tokens, total.by_source, norm, lr)
+    total = mean_losses(sums[:, :2])
+    auxiliary = () if losses is None else losses.reports(sums[:, 2:], sums[:, 1], source_names)
+    return StepReport(total.loss, total.tokens, total.by_source, norm, lr, auxiliary)
 
 
 @torch.no_grad()
@@ -108,7 +127,7 @@ def _where_loss(engine: Engine, reports: Sequence[torch.Tensor], source_names: S
         (index, source)
         for index, report in enumerate(reports)
         for source in range(len(source_names))
-        if not math.isfinite(float(report[source, 0]))
+        if not bool(report[source].isfinite().all())
     ]
     mine = ""
     if bad and engine.mesh.tensor_rank == 0:  # tensor ranks have the same losses
@@ -121,17 +140,24 @@ def _where_loss(engine: Engine, reports: Sequence[torch.Tensor], source_names: S
 
 
 def _where_gradient(
-    engine: Engine, batches: Sequence[Batch], source_names: Sequence[str], norm: float
+    engine: Engine,
+    batches: Sequence[Batch],
+    source_names: Sequence[str],
+    norm: float,
+    losses: StepLosses | None,
 ) -> str:
     """Name the parameters, and the micro-batches that make them so: each runs again, without the others."""
     names = engine.non_finite_gradients()
     holders = f"rank {engine.mesh.rank}: {', '.join(names[:3])}" if names else ""
     causes = []
     if not engine.mesh.layout.virtual_pipeline:  # interleaving runs no single micro-batch
+        if losses is not None:
+            losses.prepare(batches)  # what was prepared is used up
         for index, batch in enumerate(batches):
             with engine.without_reduction():
                 engine.zero_grad()
-                run_micro_batches(engine, [batch], token_loss(len(source_names)))
+                again = None if losses is None else _numbered(losses, index)
+                run_micro_batches(engine, [batch], token_loss(len(source_names)), on_logits=again)
             if engine.non_finite_gradients():
                 sources = ", ".join(repr(source_names[source]) for source in batch.sources.unique().tolist())
                 causes.append(f"{_me(engine)}, micro-batch {index}, source {sources}")
@@ -141,6 +167,11 @@ def _where_gradient(
         f"seen in {_listed(gather_texts(holders))}. Nothing was updated: resume from the last checkpoint "
         "with a lower optimizer.lr, or look at that batch"
     )
+
+
+def _numbered(losses: StepLosses, index: int) -> LogitsLoss:
+    """The losses of micro-batch `index` where it runs alone."""
+    return lambda seen: losses(replace(seen, number=index))
 
 
 def _me(engine: Engine) -> str:

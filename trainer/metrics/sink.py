@@ -46,6 +46,8 @@ class StepRecord:
         mfu: model FLOPs utilisation, a fraction of the peak, by way of counting: causal, full, packed.
         source_losses: mean loss of each source that this step had tokens of.
         source_tokens: valid tokens of each source.
+        auxiliary: mean of each auxiliary loss over the tokens of its sources, without its weight.
+        auxiliary_by_source: the same by source, of the sources that this step had tokens of.
         memory_bytes: peak device memory of the reporting rank.
         gpu: readings of the reporting rank's GPU; empty without one. See `trainer.metrics.nvml`.
     """
@@ -61,6 +63,8 @@ class StepRecord:
     mfu: Mapping[str, float] = field(default_factory=dict)
     source_losses: Mapping[str, float] = field(default_factory=dict)
     source_tokens: Mapping[str, int] = field(default_factory=dict)
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
+    auxiliary_by_source: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     memory_bytes: int | None = None
     gpu: Mapping[str, float] = field(default_factory=dict)
 

@@ -38,6 +38,9 @@ class TensorBoard:
             "memory/peak_gib": None if record.memory_bytes is None else record.memory_bytes / 2**30,
         }
         scalars |= {f"loss_by_source/{name}": loss for name, loss in record.source_losses.items()}
+        scalars |= {f"auxiliary/{name}": loss for name, loss in record.auxiliary.items()}
+        for name, losses in record.auxiliary_by_source.items():
+            scalars |= {f"auxiliary_{name}/{source}": loss for source, loss in losses.items()}
         scalars |= {f"mfu/{count}": share for count, share in record.mfu.items()}
         scalars |= {f"gpu/{name}": reading for name, reading in record.gpu.items()}
         self._add(scalars, record.step)
