@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -15,6 +15,7 @@ from trainer.data.batch import MicroBatch
 from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.stream import TokenStream
 from trainer.loss import token_loss
+from trainer.updates.config import AnchorConfig
 
 Sequences = Sequence[MicroBatch]
 """Of one draw, a single sequence in each micro-batch; the same on every rank."""
@@ -36,6 +37,15 @@ def draws(
     stream = TokenStream(own, seed=seed, global_batch=sequences)
     for number in range(batches):
         yield stream.micro_batches(number, data_rank=0, data_size=1, micro_batch=1)
+
+
+def drawing(data: DataConfig, seed: int) -> Callable[[AnchorConfig], Iterator[Sequences]]:
+    """What `Updates.begin` takes for a run with these data: the sequences that an anchor asks for."""
+
+    def draw(anchor: AnchorConfig) -> Iterator[Sequences]:
+        return draws(data, anchor.sources, batches=anchor.batches, sequences=anchor.sequences, seed=seed)
+
+    return draw
 
 
 def add_fisher(

@@ -112,7 +112,7 @@ class Updates:
 
     def begin(
         self,
-        missing: Missing,
+        missing: Missing | None,
         *,
         new_stage: bool,
         state: Mapping[str, Any] | None,
@@ -124,7 +124,8 @@ class Updates:
         Call it on every rank, with the weights to start from in place.
 
         Args:
-            missing: (logical name, state) pairs that were not loaded, all of them for a new run.
+            missing: (logical name, state) pairs that were not loaded: `LoadedState.absent`; None for a run
+                that starts from nothing.
             new_stage: whether the run begins a stage here, rather than goes on in its middle.
             state: what `state` returned when the checkpoint was saved.
             draw: called for the Fisher matrix, when it has to be measured.
@@ -132,6 +133,8 @@ class Updates:
         Returns:
             Sentences about what was done, for whoever watches the run.
         """
+        if missing is None:
+            missing = {(p.name, key) for p in self._engine.pieces for key in self._engine.added_states}
         found = state or {}
         notes = [f"frozen: {len(self._frozen)} parameters"] if self._frozen else []
         if self._anchoring is not None:

@@ -49,7 +49,7 @@ def train(world: World, swaps: bool, overlap: bool) -> Seen:
         overlap=overlap,
     )
     updates = Setup(world, slow={"kind": "ema", "decay": 0.5}).open(engine)
-    start(engine, updates)
+    start(updates)
 
     def evaluation() -> float:
         return evaluate(engine, batches(engine, 9), num_sources=2).loss
@@ -104,7 +104,7 @@ def test_inside_the_weights_are_the_average(name: str) -> None:
 
 def two_steps(world: World) -> list[TensorSlice]:
     engine = build(world)
-    start(engine, Setup(world, slow={"kind": "ema", "decay": 0.5}).open(engine))
+    start(Setup(world, slow={"kind": "ema", "decay": 0.5}).open(engine))
     for number in range(2):
         step(engine, number)
     return copy_slices(engine)

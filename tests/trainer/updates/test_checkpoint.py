@@ -77,13 +77,13 @@ def part(
     engine = build(setup.world)
     updates = setup.open(engine)
     if folder is None:
-        absent, notes = frozenset[tuple[str, str]](), start(engine, updates)
+        absent, notes = frozenset[tuple[str, str]](), start(updates)
     else:
         only = begin.pop("weights_only", False)
         found = load(folder, engine.slices(), weights_only=only)
         absent = found.absent
         state = None if only else found.state.get("hooks")
-        notes = start(engine, updates, set(absent), **{"new_stage": False, "state": state, **begin})
+        notes = start(updates, absent, **{"new_stage": False, "state": state, **begin})
         engine.updates = 0 if only else first
     begun = copy_slices(engine)
     losses = [step(engine, number).loss for number in range(first, last)]

@@ -30,7 +30,8 @@ from trainer.data.config import DataConfig, SourceConfig, ValidationConfig
 from trainer.model.architecture import Architecture
 from trainer.model.config import ModelConfig
 from trainer.optimizer import OptimizerConfig
-from trainer.updates.fisher import add_fisher, draws
+from trainer.updates.config import AnchorConfig
+from trainer.updates.fisher import add_fisher, drawing
 
 DRAWN = {"single sequences": 1, "draws of three": 3}
 LAYOUTS = {
@@ -127,7 +128,8 @@ def test_draws_come_from_training_and_validation_sets_alike(tmp_path: Path) -> N
         sources=(SourceConfig(name="new", path=str(tmp_path / "new"), weight=3.0),),
         validation=(ValidationConfig(name="old", path=str(tmp_path / "old")),),
     )
-    found = list(draws(data, ["old", "new"], batches=4, sequences=2, seed=1))
+    anchor = AnchorConfig(kind="ewc", strength=1, sources=("old", "new"), batches=4, sequences=2)
+    found = list(drawing(data, 1)(anchor))
     assert [len(one) for one in found] == [2] * 4
     seen = [bool((one.tokens == 11).any()) for two in found for one in two]
     assert sum(seen) == 4

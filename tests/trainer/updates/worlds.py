@@ -43,11 +43,6 @@ class Setup:
         )
 
 
-def everything(engine: Engine) -> set[tuple[str, str]]:
-    """What a run that starts from nothing has not loaded."""
-    return {(piece.name, state) for piece in engine.pieces for state in engine.added_states}
-
-
 def draw(config: AnchorConfig) -> Iterator[Sequences]:
     """Random sequences in place of a corpus."""
     for number in range(config.batches):
@@ -60,12 +55,9 @@ def sequence(number: int, index: int) -> MicroBatch:
     return MicroBatch(**{one.name: getattr(batch, one.name) for one in dataclasses.fields(MicroBatch)})
 
 
-def start(
-    engine: Engine, updates: Updates, missing: set[tuple[str, str]] | None = None, **given: Any
-) -> list[str]:
+def start(updates: Updates, missing: frozenset[tuple[str, str]] | None = None, **given: Any) -> list[str]:
     """Begin a stage from nothing, unless told otherwise."""
-    given = {"new_stage": True, "state": None, "draw": draw, **given}
-    return updates.begin(everything(engine) if missing is None else missing, **given)
+    return updates.begin(missing, **{"new_stage": True, "state": None, "draw": draw, **given})
 
 
 @dataclass
@@ -105,7 +97,7 @@ def run(setup: Setup, lrs: Sequence[float] = (1e-3,) * 3, every: int = 1) -> Run
     """
     engine = build(setup.world)
     updates = setup.open(engine)
-    notes = start(engine, updates)
+    notes = start(updates)
     recorder = Recorder(engine)
     if setup.world.ranks == 1:
         engine.transforms.append(recorder)
