@@ -13,10 +13,14 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from launch.cli import app
+from launch.plot_command import run_curves
 from launch.plot_curves import Axis, StageCurve, main_sources, shares_by_name, stage_curve
 from launch.plot_picture import DPI, HEIGHT, WIDTH, write_picture
 from launch.plot_terminal import LABEL, learning_rate_lines, print_curves, share_lines
+from tests.proof.runs import checkpoint, run, run_config, write_corpora
+from tests.ranks import run_ranks
 from tests.trainer.test_config import GOOD
+from trainer.config import RunConfig, config_toml
 from trainer.schedule import Anchor, Schedule, ScheduleConfig
 
 PEAK, CONSTANT, FLOOR = 2e-3, 8e-4, 1e-5
@@ -209,3 +213,55 @@ def test_contradictions_come_before_any_picture(run_file: Path) -> None:
     assert result.exit_code == 2
     assert "run.toml: 2 problems" in result.output
     assert not Path("run-schedule.png").exists()
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Six steps that warm up for two and keep their learning rate of 1e-3; checkpoints every two."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_corpora(folder)
+    schedule = {"kind": "constant", "warmup_steps": 2}
+    config = run_config(folder, run__name="trunk", checkpoint__every=2, schedule=schedule)
+    run_ranks(run, 1, config)
+    return config
+
+
+def branch(trunk: RunConfig, name: str, **schedule: Any) -> RunConfig:
+    """Four more steps from the trunk's checkpoint of step 4."""
+    return run_config(
+        trunk.run.folder.parent,
+        run__name=name,
+        schedule=schedule,
+        start={"policy": "rewarm"},
+        optimizer={"lr": 2e-3, "min_lr": 1e-4},
+        checkpoint={"every": 2, "load": checkpoint(trunk, 4)},
+        train__steps=8,
+    )
+
+
+def drawn(config: RunConfig, folder: Path) -> StageCurve:
+    path = folder / f"{config.run.name}.toml"
+    path.write_text(config_toml(config), encoding="utf-8")
+    (found,) = run_curves(path, [])
+    return found
+
+
+def test_a_branch_is_drawn_from_the_learning_rate_of_its_checkpoint(trunk: RunConfig, tmp_path: Path) -> None:
+    found = drawn(branch(trunk, "anneal", kind="anneal", decay_style="linear"), tmp_path)
+    assert dict(found.points) == pytest.approx({4: 1e-3, 5: 7e-4, 6: 4e-4, 7: 1e-4})
+    assert found.shares == pytest.approx({"prose": 2 / 3, "code": 1 / 3})
+
+
+def test_what_was_drawn_is_what_runs_and_is_drawn_again(trunk: RunConfig, tmp_path: Path) -> None:
+    config = branch(trunk, "rewarmed", kind="linear", warmup_steps=2)
+    before = drawn(config, tmp_path)
+    records = run_ranks(run, 1, config)[0]
+    assert before.points == tuple((record.step - 1, record.lr) for record in records.steps)
+    assert drawn(config, tmp_path) == before
+
+
+def test_a_run_without_a_step_left_is_refused(trunk: RunConfig, tmp_path: Path) -> None:
+    config = branch(trunk, "done", kind="constant")
+    short = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
+    with pytest.raises(ValueError, match=r"starts at step 4 and train.steps is 4: raise"):
+        drawn(short, tmp_path)

@@ -19,12 +19,12 @@ def annealing(style: str = "linear", *, steps: int = 51, floor: float = FLOOR, *
     return Schedule(ScheduleConfig(kind="anneal", decay_style=style, **fields), PEAK, floor, BRANCH + steps)
 
 
-def branch(lr: float = TRUNK) -> Anchor:
-    return Anchor(BRANCH, lr)
+TIP = Anchor(BRANCH, TRUNK)
+"""Where the trunk was left."""
 
 
-def rates(one: Schedule, anchor: Anchor) -> list[float]:
-    return [one.lr(step, anchor) for step in range(anchor.step, one.train_steps)]
+def rates(one: Schedule) -> list[float]:
+    return [one.lr(step, TIP) for step in range(BRANCH, one.train_steps)]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def rates(one: Schedule, anchor: Anchor) -> list[float]:
 )
 def test_it_runs_from_the_trunks_learning_rate_to_the_floor(style: str, middle: float) -> None:
     one = annealing(style)
-    curve = rates(one, branch())
+    curve = rates(one)
     assert (curve[0], curve[25], curve[50]) == pytest.approx((TRUNK, middle, FLOOR), rel=1e-12)
     assert all(a > b for a, b in pairwise(curve))
 
@@ -47,27 +47,26 @@ def test_it_runs_from_the_trunks_learning_rate_to_the_floor(style: str, middle: 
 @pytest.mark.parametrize("steps", [11, 51, 201])
 def test_several_budgets_branch_off_one_trunk(style: str, steps: int) -> None:
     one = annealing(style, steps=steps)
-    curve = rates(one, branch())
+    curve = rates(one)
     assert len(curve) == steps
     assert (curve[0], curve[-1]) == pytest.approx((TRUNK, FLOOR), rel=1e-12)
 
 
 def test_the_floor_is_kept_after_the_last_step() -> None:
     one = annealing(steps=51)
-    assert one.lr(BRANCH + 500, branch()) == FLOOR
+    assert one.lr(BRANCH + 500, TIP) == FLOOR
 
 
-def test_an_own_length_counts_from_the_branch() -> None:
+def test_an_own_length_counts_from_the_TIP -> None:
     one = annealing()
     shorter = Schedule(one.config.model_copy(update={"steps": 11}), PEAK, FLOOR, one.train_steps)
-    anchor = branch()
-    assert shorter.lr(BRANCH + 10, anchor) == pytest.approx(FLOOR, rel=1e-12)
-    assert shorter.lr(BRANCH + 9, anchor) > FLOOR
+    assert shorter.lr(BRANCH + 10, TIP) == pytest.approx(FLOOR, rel=1e-12)
+    assert shorter.lr(BRANCH + 9, TIP) > FLOOR
 
 
 def test_all_of_it_is_annealed() -> None:
     one = annealing()
-    assert {one.phase(step, branch()) for step in range(BRANCH, BRANCH + 60)} == {"annealed"}
+    assert {one.phase(step, TIP) for step in range(BRANCH, BRANCH + 60)} == {"annealed"}
 
 
 def test_weights_without_a_learning_rate_may_name_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -36,6 +37,16 @@ def test_learning_rate_and_phase_depend_on_the_step_alone(kind: str) -> None:
     forth = {step: (one.lr(step, ANCHOR), one.phase(step, ANCHOR)) for step in range(7, 130)}
     back = {step: (other.lr(step, ANCHOR), other.phase(step, ANCHOR)) for step in reversed(range(7, 130))}
     assert forth == back
+
+
+@pytest.mark.parametrize("kind", CURVES)
+def test_a_resume_goes_on_bit_for_bit(kind: str) -> None:
+    """The anchor is all that a checkpoint keeps of a schedule."""
+    saved = Anchor.from_json(json.loads(json.dumps(Anchor(7, 0.1 + 0.2).to_json())))
+    before, after = schedule(kind), schedule(kind)
+    assert [after.lr(step, saved) for step in range(50, 107)] == [
+        before.lr(step, Anchor(7, 0.1 + 0.2)) for step in range(50, 107)
+    ]
 
 
 @pytest.mark.parametrize("kind", CURVES)

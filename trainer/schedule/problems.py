@@ -113,7 +113,7 @@ def _anneal(terms: Terms) -> list[str]:
     if terms.start <= 0:
         found.append(
             "schedule.kind is 'anneal' and there is no learning rate to begin at: start from a checkpoint "
-            "with its optimizer state, or set schedule.warmup_init_lr"
+            "that has one, or set schedule.warmup_init_lr"
         )
     elif terms.start <= terms.floor:
         found.append(

@@ -20,6 +20,8 @@ def anchor_of(
 ) -> Anchor:
     """The anchor of the schedule `plan`.
 
+    Weights without a learning rate go on from the one that a new run begins with.
+
     Args:
         step: the next step.
         state: of the checkpoint's manifest.
@@ -31,5 +33,5 @@ def anchor_of(
         return plan.begin(step)
     # an anneal goes down from where it branches off
     origin = "current" if plan.config.kind == "anneal" else start.rewarm_from
-    current = float(state.get("scalars", {}).get("lr", 0.0))
+    current = float(state.get("scalars", {}).get("lr", 0.0)) or plan.config.warmup_init_lr
     return Anchor(step, {"current": current, "zero": 0.0, "min_lr": plan.floor}[origin])
