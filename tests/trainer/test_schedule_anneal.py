@@ -57,7 +57,7 @@ def test_the_floor_is_kept_after_the_last_step() -> None:
     assert one.lr(BRANCH + 500, TIP) == FLOOR
 
 
-def test_an_own_length_counts_from_the_TIP -> None:
+def test_an_own_length_counts_from_the_branch() -> None:
     one = annealing()
     shorter = Schedule(one.config.model_copy(update={"steps": 11}), PEAK, FLOOR, one.train_steps)
     assert shorter.lr(BRANCH + 10, TIP) == pytest.approx(FLOOR, rel=1e-12)
