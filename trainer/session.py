@@ -19,6 +19,8 @@ from trainer.build import build_engine, execution_here
 from trainer.config import RunConfig, architecture, schedule, starting_checkpoint
 from trainer.data.batch import MicroBatch
 from trainer.data.stream import TokenStream
+from trainer.hooks.hooks import Beginning, Hooks
+from trainer.hooks.opening import make_hooks
 from trainer.model.architecture import Architecture
 from trainer.model.parameters import logical_parameters
 from trainer.model.transformer import Execution
@@ -54,6 +56,7 @@ class Session:
     execution: Execution
     engine: Engine
     stream: TokenStream
+    hooks: Hooks
     schedule: Schedule
     anchor: Anchor
     saver: Saver
@@ -88,6 +91,7 @@ class Session:
             },
             "data": self.stream.state(self.step),
             "parameter_groups": self.config.optimizer.model_dump(mode="json"),
+            "hooks": self.hooks.state(),
             "groups": settings_by_group(self.config.optimizer, logical_parameters(self.model), self.lr),
             "model": self.model.model_dump(mode="json"),
             "config": self.config.model_dump(mode="json"),
@@ -121,18 +125,22 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
     notes = [f"{engine.backend.kind} modules: {engine.backend.reason}; {_optimizer_name(engine)}"]
     if execution.transformer_engine and config.parallel.context > 1 and config.data.document_mask:
         notes.append("portable attention: Transformer Engine takes no documents under context parallelism")
+    hooks = make_hooks(config, engine, model)
     plan = schedule(config)
     start = begin(plan)
     if path is not None:
         start, more = start_from(config, engine, path, layout_facts(mesh))
         notes += more
+    stream = _open_stream(config, start)
+    notes += hooks.begin(Beginning(config, model, engine, stream, start, path))
     session = Session(
         config=config,
         mesh=mesh,
         model=model,
         execution=execution,
         engine=engine,
-        stream=_open_stream(config, start),
+        stream=stream,
+        hooks=hooks,
         schedule=plan,
         anchor=start.anchor,
         saver=_open_saver(config, mesh, run_id=start.run_id),

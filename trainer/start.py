@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class Start:
         resumed: goes on from a checkpoint of its own.
         lineage: the checkpoints that it comes from, oldest first.
         rank_state: this rank's bytes, on the same layout only.
+        hooks: state of the run's hooks, by name.
+        missing: (logical name, state) that hooks keep and the checkpoint lacks; None of a run that starts
+            from nothing.
     """
 
     step: int
@@ -51,6 +54,8 @@ class Start:
     run_id: str | None
     lineage: list[dict[str, Any]]
     rank_state: Mapping[str, bytes]
+    hooks: Mapping[str, Any] = field(default_factory=dict)
+    missing: frozenset[tuple[str, str]] | None = None
 
 
 def begin(plan: Schedule) -> Start:
@@ -92,6 +97,8 @@ def start_from(
         run_id=loaded.run_id if same_run else None,
         lineage=_lineage(opened, loaded, same_run=same_run),
         rank_state=loaded.rank_state if "random" in kept else {},
+        hooks=found.get("hooks", {}),
+        missing=loaded.absent,
     )
     return start, notes + _ways_of_going_on(start, decisions, config, loaded)
 

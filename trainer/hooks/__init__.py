@@ -1,0 +1,1 @@
+"""What changes a run beside its data and its schedule, with state in the checkpoint."""

@@ -1,0 +1,16 @@
+"""Which hooks a run file asks for."""
+
+from __future__ import annotations
+
+from parallel.engine import Engine
+from trainer.config import RunConfig
+from trainer.hooks.hooks import Hooks
+from trainer.model.architecture import Architecture
+
+
+def make_hooks(config: RunConfig, engine: Engine, model: Architecture) -> Hooks:
+    """The hooks, before a checkpoint is loaded: whatever they keep in tensors is in `engine.slices()` now.
+
+    Every rank calls it.
+    """
+    return Hooks()
