@@ -113,10 +113,10 @@ def open_reference(
     except ValueError as error:
         raise ValueError(f"{name}: the reference cannot be opened: {error}") from error
     identity = {"path": str(opened.folder), "digest": opened.digest}
-    if saved is not None and saved != identity:
+    if saved is not None and saved.get("digest") != opened.digest:
         raise ValueError(
-            f"{name}: the reference was {dict(saved)}, now it is {identity}: the loss would pull elsewhere. "
-            "Give the same checkpoint, or name the loss anew"
+            f"{name}: {opened.folder} is not the reference that this run began with ({saved['path']}): the "
+            "loss would pull elsewhere. Give that one, or give the loss another name"
         )
     architecture = setting.model.model_copy(update=stated_fields(opened))
     if architecture.vocab_size != setting.model.vocab_size:
