@@ -16,6 +16,7 @@ from trainer.config_problems import explain, report
 from trainer.data.config import DataConfig
 from trainer.model.architecture import Architecture
 from trainer.model.config import ModelConfig
+from trainer.model.parameters import logical_parameters
 from trainer.optimizer import OptimizerConfig
 from trainer.precision import PrecisionConfig
 from trainer.run_config import EvalConfig, MetricsConfig, RunSettings, TrainConfig
@@ -24,6 +25,8 @@ from trainer.schedule import Schedule, ScheduleConfig
 from trainer.stages.anchoring import anchor_of
 from trainer.stages.decisions import Decision, Held, decide, keep_all
 from trainer.stages.start_config import StartConfig
+from trainer.updates.config import SlowWeightsConfig, UpdatesConfig
+from trainer.updates.selection import update_problems
 
 if TYPE_CHECKING:
     from checkpoint.opening import Opened
@@ -42,6 +45,8 @@ class RunConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     start: StartConfig = StartConfig()
+    updates: UpdatesConfig = UpdatesConfig()
+    slow_weights: SlowWeightsConfig = SlowWeightsConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -164,6 +169,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
     if model is not None:
         problems += config.parallel.problems(world_size, **_layout_facts(config, model))
         problems += _length_problems(config, model)
+        problems += update_problems(config.updates, list(logical_parameters(model)), config.data)
         if model.attention_dropout and config.parallel.context > 1:
             problems.append(
                 f"model.attention_dropout = {model.attention_dropout} with parallel.context = "

@@ -9,6 +9,7 @@ from trainer.data.stream import ValidationStream, open_validation
 from trainer.metrics.sink import EvaluationRecord
 from trainer.session import Session
 from trainer.step import evaluate
+from trainer.updates.opening import averaged
 
 
 class Evaluator:
@@ -31,12 +32,26 @@ class Evaluator:
         return bool(self._streams) and session.config.eval.at_start and not session.resumed
 
     def run(self) -> EvaluationRecord:
-        """Mean loss in nats of every validation set, over at most `eval.batches` global batches."""
+        """Mean loss in nats of every validation set, over at most `eval.batches` global batches.
+
+        Where the average of the weights is evaluated too, its losses are those of "NAME (average)".
+        """
         began = time.monotonic()
-        losses, tokens = {}, {}
-        for stream in self._streams:
-            losses[stream.name], tokens[stream.name] = self._mean(stream)
+        losses, tokens = self._means("")
+        average = averaged(self._session.hooks)
+        if average is not None:
+            with average:
+                of_average, its_tokens = self._means(" (average)")
+            losses, tokens = losses | of_average, tokens | its_tokens
         return EvaluationRecord(self._session.step, losses, tokens, time.monotonic() - began)
+
+    def _means(self, suffix: str) -> tuple[dict[str, float], dict[str, int]]:
+        """Loss and tokens of every set, by its name with the suffix."""
+        means = {stream.name + suffix: self._mean(stream) for stream in self._streams}
+        return (
+            {name: loss for name, (loss, _) in means.items()},
+            {name: tokens for name, (_, tokens) in means.items()},
+        )
 
     def _mean(self, stream: ValidationStream) -> tuple[float, int]:
         session = self._session

@@ -6,6 +6,7 @@ from parallel.engine import Engine
 from trainer.config import RunConfig
 from trainer.hooks.hooks import Hooks
 from trainer.model.architecture import Architecture
+from trainer.updates.opening import make_updates
 
 
 def make_hooks(config: RunConfig, engine: Engine, model: Architecture) -> Hooks:
@@ -13,4 +14,4 @@ def make_hooks(config: RunConfig, engine: Engine, model: Architecture) -> Hooks:
 
     Every rank calls it.
     """
-    return Hooks()
+    return Hooks({**make_updates(config, engine, model)})
