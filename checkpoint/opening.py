@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RATOON = "Ratoon"
 WEIGHTS_REMEDY = (
-    "The weights are whole: policy = \"weights\" under [start] starts from them alone, and "
+    'The weights are whole: policy = "weights" under [start] starts from them alone, and '
     "`ratoon checkpoint convert --states weight` writes them"
 )
 

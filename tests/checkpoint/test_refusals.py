@@ -100,7 +100,7 @@ def test_a_checkpoint_without_optimizer_state(tmp_path: Path) -> None:
     weights = {key: whole for key, whole in make_tensors(0).items() if key[1] in ("weight", "master")}
     path, _ = save_all_ranks(tmp_path, weights, Grid(2))
     message = refused(path, model())
-    assert "the checkpoint has no optimizer state (exp_avg, exp_avg_sq): set moments = \"reset\"" in message
+    assert 'the checkpoint has no optimizer state (exp_avg, exp_avg_sq): set moments = "reset"' in message
     assert "(1 problem)" in message
     load(path, model(), weights_only=True)
 
