@@ -11,6 +11,7 @@ from trainer.schedule import Phase
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.patches import Patch
 
 STYLES: dict[Phase, dict[str, Any]] = {
     "warmup": {"linestyle": (0, (1, 1)), "linewidth": 1.6},
@@ -42,7 +43,7 @@ def write_picture(curves: Sequence[StageCurve], path: Path, title: str) -> None:
     _draw_rates(top, axis)
     _draw_shares(below, axis)
     _draw_stages(top, below, axis)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.print_png(path)
@@ -66,7 +67,7 @@ def _draw_rates(axes: Axes, axis: Axis) -> None:
             )
             named.add(phase)
     axes.set_ylabel("learning rate")
-    axes.set_ylim(0, 1.06 * max(curve.peak for curve in axis.curves))
+    axes.set_ylim(0, 1.06 * max(curve.peak for curve in axis.curves) or 1.0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handlelength=3.2, title="phase")
 
@@ -79,35 +80,38 @@ def _draw_shares(axes: Axes, axis: Axis) -> None:
     stages = [shares_by_name(curve, names, others) for curve in axis.curves]
     widths = [curve.steps for curve in axis.curves]
     bottoms = [0.0] * len(stages)
+    bars: list[Patch] = []
     for number, name in enumerate(stages[0]):
         heights = [100 * shares[name] for shares in stages]
         lightness = _lightness(number, len(stages[0]))
-        axes.bar(
+        bars += axes.bar(
             axis.starts[:-1],
             heights,
             widths,
             bottom=bottoms,
             align="edge",
-            label=name,
             color=colormaps["cividis"](lightness),
             hatch=HATCHES[number % len(HATCHES)],
             edgecolor="white" if lightness < 0.45 else "0.25",
             linewidth=0.0,
-        )
+        )[:1]
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.set_ylabel("share, %")
     axes.set_ylim(0, 100)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1],
-        labels[::-1],
+    names = list(stages[0])[::-1]
+    legend = axes.legend(
+        bars[::-1],
+        [f"{number}" for number in range(len(names))],
         loc="upper left",
         bbox_to_anchor=(1.0, 1.05),
         frameon=False,
         title="source",
-        fontsize=9 if len(labels) <= 5 else 7.5,
+        fontsize=9 if len(names) <= 5 else 7.5,
         labelspacing=0.4,
     )
+    for text, name in zip(legend.get_texts(), names, strict=True):  # as labels, _names would be left out
+        text.set_parse_math(False)
+        text.set_text(name)
 
 
 def _draw_stages(top: Axes, below: Axes, axis: Axis) -> None:
@@ -134,6 +138,7 @@ def _draw_stages(top: Axes, below: Axes, axis: Axis) -> None:
             va="bottom",
             rotation=30 if narrow else 0,
             fontsize=9,
+            parse_math=False,
         )
 
 

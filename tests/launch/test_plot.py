@@ -161,6 +161,16 @@ def test_the_picture_is_a_png_of_its_size(tmp_path: Path) -> None:
     assert struct.unpack(">II", data[16:24]) == (WIDTH * DPI, HEIGHT * DPI)
 
 
+def test_names_may_be_anything(tmp_path: Path) -> None:
+    """Dollars and braces are no formula, and an underscore in front hides nothing."""
+    odd = [curve("$x_{", range(9), {"_web": 1, "$\\frac{": 2, "[red]": 3})]
+    plain = [curve("$x_{", range(9), {"web": 1, "frac": 2, "red": 3})]
+    for number, curves in enumerate((odd, plain)):
+        write_picture(curves, tmp_path / f"{number}.png", "$run_{.toml")
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+    assert all(name in printed(odd, 80) for name in ("_web", "$\\frac{", "[red]", "$x_{"))
+
+
 def test_the_picture_shows_the_schedule(tmp_path: Path) -> None:
     """The same run gives the same picture, another shape of its anneal another one."""
     drawn = []
@@ -192,6 +202,13 @@ def test_the_command_draws_here_and_beside_the_run_file(run_file: Path) -> None:
     ]
     assert "wrote run-schedule.png" in result.output
     assert sorted(path.name for path in Path().iterdir()) == ["run-schedule.png", "run.toml"]
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("schedule", "--help")])
+def test_help_fits_eighty_columns(arguments: tuple[str, ...]) -> None:
+    result = ratoon("plot", *arguments)
+    assert result.exit_code == 0
+    assert max(len(line) for line in result.output.splitlines()) <= 80
 
 
 def test_the_picture_goes_where_it_is_asked_for(run_file: Path) -> None:

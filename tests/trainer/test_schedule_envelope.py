@@ -14,8 +14,8 @@ PEAK, FLOOR = 1e-3, 1e-5
 
 
 def stage(number: int, **fields: Any) -> Schedule:
-    config = ScheduleConfig(warmup_steps=10, envelope=EnvelopeConfig(**fields))
-    return Schedule(config, PEAK, FLOOR, 100, number)
+    config = ScheduleConfig(warmup_steps=10, envelope=EnvelopeConfig(stage=number, **fields))
+    return Schedule(config, PEAK, FLOOR, 100)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def stage(number: int, **fields: Any) -> Schedule:
 def test_hand_computed_shares(fields: dict[str, Any], shares: list[float | None]) -> None:
     for number, share in enumerate(shares):
         if share is not None:
-            assert envelope(EnvelopeConfig(**fields), number) == pytest.approx(share, rel=1e-12)
+            assert envelope(EnvelopeConfig(stage=number, **fields)) == pytest.approx(share, rel=1e-12)
 
 
 def test_the_warmup_reaches_the_stages_own_peak() -> None:
@@ -56,8 +56,8 @@ def test_the_first_stage_is_as_without_an_envelope(kind: str) -> None:
 def test_every_curve_of_a_later_stage_stays_below_its_peak() -> None:
     for kind in CURVES:
         period = {"period": 20} if kind == "cyclic" else {}
-        config = ScheduleConfig(kind=kind, envelope=EnvelopeConfig(kind="exponential"), **period)
-        one = Schedule(config, PEAK, FLOOR, 100, 2)
+        config = ScheduleConfig(kind=kind, envelope=EnvelopeConfig(kind="exponential", stage=2), **period)
+        one = Schedule(config, PEAK, FLOOR, 100)
         assert max(one.lr(step, one.begin()) for step in range(100)) <= PEAK / 4
 
 
@@ -65,7 +65,7 @@ def test_every_curve_of_a_later_stage_stays_below_its_peak() -> None:
     ("number", "fields", "named"),
     [
         (0, {"kind": "cosine"}, "schedule.envelope.stages is missing"),
-        (3, {"kind": "linear", "stages": 3}, "this is stage number 4: raise schedule.envelope.stages"),
+        (3, {"kind": "linear", "stages": 3}, "this is number 4 of them: raise schedule.envelope.stages"),
         (0, {"kind": "inverse_sqrt", "stages": 3}, "only 'linear' and 'cosine' takes it; remove it"),
         (0, {"kind": "linear", "stages": 3, "factor": 0.9}, "only 'exponential' takes it; remove it"),
         (8, {"kind": "exponential"}, "a peak of 3.90625e-06: lower optimizer.min_lr"),

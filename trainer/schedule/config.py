@@ -20,12 +20,14 @@ class EnvelopeConfig(Settings):
 
     Attributes:
         kind: form of the fall; "constant" gives every stage the same peak.
+        stage: number of this stage, from 0; a run file of several stages counts them itself.
         stages: of "linear" and "cosine" only: number of stages, over which the peak falls to `last`.
         last: of "linear" and "cosine" only: peak of the last stage, as a share of the first one's.
         factor: of "exponential" only: peak of a stage as a share of the peak before it.
     """
 
     kind: EnvelopeKind = "constant"
+    stage: NonNegativeInt = 0
     stages: PositiveInt | None = None
     last: Share = 0.1
     factor: Share = 0.5

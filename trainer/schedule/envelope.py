@@ -12,12 +12,13 @@ from trainer.schedule.config import EnvelopeConfig
 from trainer.schedule.decays import DECAYS
 
 
-def envelope(config: EnvelopeConfig, stage: int) -> float:
-    """Peak of stage number `stage` (from 0) as a share of optimizer.lr; 1 for the first stage.
+def envelope(config: EnvelopeConfig) -> float:
+    """Peak of the stage as a share of optimizer.lr; 1 for the first stage.
 
     "linear" and "cosine" reach `last` at the last of `stages` and keep it; "inverse_sqrt" is
     1 / sqrt(1 + stage), "exponential" factor^stage.
     """
+    stage = config.stage
     if config.kind == "constant" or stage == 0:
         return 1.0
     if config.kind == "inverse_sqrt":
@@ -29,17 +30,18 @@ def envelope(config: EnvelopeConfig, stage: int) -> float:
     return config.last + (1 - config.last) * DECAYS[config.kind](progress)
 
 
-def envelope_problems(config: EnvelopeConfig, stage: int) -> list[str]:
-    """Contradictions of `[schedule.envelope]` in stage number `stage`."""
+def envelope_problems(config: EnvelopeConfig) -> list[str]:
+    """Contradictions of `[schedule.envelope]`."""
     name, falls = "schedule.envelope", config.kind in ("linear", "cosine")
     if falls and config.stages is None:
         return [
             f"{name}.kind is {config.kind!r} and {name}.stages is missing: say over how many stages it falls"
         ]
     found = []
-    if falls and config.stages is not None and stage >= config.stages:
+    if falls and config.stages is not None and config.stage >= config.stages:
         found.append(
-            f"{name}.stages is {config.stages} and this is stage number {stage + 1}: raise {name}.stages"
+            f"{name}.stages is {config.stages} and this is number "
+            f"{config.stage + 1} of them: raise {name}.stages"
         )
     for key, kinds in (("stages", "linear cosine"), ("last", "linear cosine"), ("factor", "exponential")):
         value = getattr(config, key)

@@ -28,14 +28,12 @@ class Schedule:
         peak: optimizer.lr.
         floor: optimizer.min_lr.
         train_steps: train.steps, counted from the beginning of the run's first stage.
-        stage: number of the stage, from 0; `schedule.envelope` lowers the peak of later ones.
     """
 
     config: ScheduleConfig
     peak: float
     floor: float
     train_steps: int
-    stage: int = 0
 
     def lr(self, step: int, anchor: Anchor) -> float:
         """Learning rate of the update of `step`."""
@@ -75,7 +73,7 @@ class Schedule:
 
     def terms(self, anchor: Anchor) -> Terms:
         """What the curve depends on under `anchor`."""
-        peak = self.peak * envelope(self.config.envelope, self.stage)
+        peak = self.peak * envelope(self.config.envelope)
         return Terms(self.config, peak, self.floor, anchor.lr, self.length(anchor))
 
     def length(self, anchor: Anchor) -> int:
@@ -89,5 +87,5 @@ class Schedule:
     def problems(self, anchor: Anchor | None = None) -> list[str]:
         """Every contradiction under `anchor`, one sentence each with the remedy."""
         anchor = anchor or self.begin()
-        found = envelope_problems(self.config.envelope, self.stage)
+        found = envelope_problems(self.config.envelope)
         return found or curve_problems(self.terms(anchor), anchor.step)
