@@ -14,6 +14,7 @@ from parallel.layout import Layout
 from parallel.settings import Settings
 from trainer.config_problems import explain, report
 from trainer.data.config import DataConfig
+from trainer.losses.config import AuxLossConfig, loss_problems
 from trainer.model.architecture import Architecture
 from trainer.model.config import ModelConfig
 from trainer.model.parameters import logical_parameters
@@ -45,6 +46,7 @@ class RunConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     start: StartConfig = StartConfig()
+    losses: tuple[AuxLossConfig, ...] = ()
     updates: UpdatesConfig = UpdatesConfig()
     slow_weights: SlowWeightsConfig = SlowWeightsConfig()
     train: TrainConfig
@@ -169,6 +171,14 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
     if model is not None:
         problems += config.parallel.problems(world_size, **_layout_facts(config, model))
         problems += _length_problems(config, model)
+        problems += loss_problems(
+            config.losses,
+            [source.name for source in config.data.sources],
+            vocab_size=model.vocab_size,
+            global_batch=config.train.global_batch,
+            world_size=world_size,
+            layout_facts=_layout_facts(config, model),
+        )
         problems += update_problems(config.updates, list(logical_parameters(model)), config.data)
         if model.attention_dropout and config.parallel.context > 1:
             problems.append(

@@ -10,6 +10,7 @@ from checkpoint.save import Saved
 from trainer.config import RunConfig
 from trainer.data.prefetch import Prefetcher
 from trainer.evaluation import Evaluator
+from trainer.losses.hook import losses_at
 from trainer.metrics.sink import MetricSink, RunInfo
 from trainer.model.parameters import count_parameters
 from trainer.progress import Progress
@@ -63,6 +64,7 @@ def _step(
             lr=session.schedule.lr(session.step, session.anchor),
             source_names=session.stream.source_names,
             document_mask=config.data.document_mask,
+            losses=losses_at(session.hooks, session.step),
         )
     except NonFiniteError as error:
         raise NonFiniteError(f"step {session.step + 1}: {error}") from None

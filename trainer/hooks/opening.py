@@ -5,6 +5,7 @@ from __future__ import annotations
 from parallel.engine import Engine
 from trainer.config import RunConfig
 from trainer.hooks.hooks import Hooks
+from trainer.losses.hook import make_losses
 from trainer.model.architecture import Architecture
 from trainer.updates.opening import make_updates
 
@@ -14,4 +15,4 @@ def make_hooks(config: RunConfig, engine: Engine, model: Architecture) -> Hooks:
 
     Every rank calls it.
     """
-    return Hooks({**make_updates(config, engine, model)})
+    return Hooks({**make_updates(config, engine, model), **make_losses(config)})

@@ -67,6 +67,10 @@ class AuxLosses:
         terms = tuple(term for term in self._terms if term.config.covers(step))
         return StepLosses(step, terms) if terms else None
 
+    def notes(self) -> list[str]:
+        """What is added to the loss, a sentence each."""
+        return [_sentence(term) for term in self._terms]
+
     def state(self) -> dict[str, Any]:
         """By name: JSON, the same on every rank."""
         return {term.config.label: state for term in self._terms if (state := term.loss.state())}
@@ -99,6 +103,13 @@ class StepLosses:
     def reports(self, sums: Tensor, tokens: Tensor, names: Sequence[str]) -> tuple[AuxLossReport, ...]:
         """From sums over the mesh, [num_sources, losses], and the valid tokens of every source."""
         return tuple(_report(term, sums[:, at], tokens, names) for at, term in enumerate(self.terms))
+
+
+def _sentence(term: Term) -> str:
+    config, state = term.config, term.loss.state()
+    sources = "all sources" if all(term.chosen) else ", ".join(config.sources)
+    about = f" to {state['path'] or 'the initial weights'}" if "path" in state else ""
+    return f"auxiliary loss {config.label!r}: {config.weight} x {config.kind}{about} on {sources}"
 
 
 def _sum(term: Term, seen: LastStage) -> tuple[Tensor, Tensor]:

@@ -101,16 +101,15 @@ def loss_problems(
     losses: Sequence[AuxLossConfig],
     source_names: Sequence[str],
     *,
-    vocab_size: int | None,
+    vocab_size: int,
     global_batch: int,
     world_size: int,
-    layout_facts: Mapping[str, Any] | None = None,
+    layout_facts: Mapping[str, Any],
 ) -> list[str]:
     """What is wrong with `[[losses]]` that their sections alone do not show.
 
     Args:
-        vocab_size: of the model; None when it is not known.
-        layout_facts: the model's sizes as `Layout.problems` takes them; None when they are not known.
+        layout_facts: the model's sizes as `Layout.problems` takes them.
     """
     problems = []
     labels = [one.label for one in losses]
@@ -126,12 +125,12 @@ def loss_problems(
                     f"losses {one.label!r}: sources has {pattern!r}, which is no source; [[data.sources]] "
                     f"has {', '.join(source_names) or 'none'}"
                 )
-        if one.top_k is not None and vocab_size is not None and one.top_k > vocab_size:
+        if one.top_k is not None and one.top_k > vocab_size:
             problems.append(
                 f"losses {one.label!r}: top_k = {one.top_k} of a vocabulary of {vocab_size}; lower it"
             )
         problems += _file_problems(one)
-        if one.layout is not None and layout_facts is not None:
+        if one.layout is not None:
             problems += _layout_problems(one, one.layout, global_batch, world_size, layout_facts)
     return problems
 

@@ -14,8 +14,10 @@ from parallel.engine import Engine
 from parallel.frozen import FrozenModel
 from parallel.initialise import normal_draw
 from parallel.mesh import Mesh
+from parallel.second_mesh import SecondMesh
 from trainer.losses.auxiliary import AuxLosses, Term, TokenLoss
 from trainer.losses.config import START, AuxLossConfig
+from trainer.losses.elsewhere import OtherLayout
 from trainer.losses.kinds import KLLoss, Targets, ZLoss
 from trainer.losses.targets import Reading, SameLayout
 from trainer.model.architecture import Architecture
@@ -83,8 +85,14 @@ def _targets(config: AuxLossConfig, setting: Setting, saved: Mapping[str, Any] |
     reading = Reading(
         config.chosen(setting.source_names), config.temperature, config.top_k, setting.document_mask
     )
-    model, identity = open_reference(config, setting, setting.engine.mesh, saved)
-    return SameLayout(model, reading, identity)
+    mesh = setting.engine.mesh
+    if config.layout is None or config.layout == mesh.layout:
+        model, identity = open_reference(config, setting, mesh, saved)
+        return SameLayout(model, reading, identity)
+    second = SecondMesh(config.layout)
+    with second.active():
+        model, identity = open_reference(config, setting, second.mesh, saved)
+    return OtherLayout(mesh, second, model, reading, identity)
 
 
 def open_reference(

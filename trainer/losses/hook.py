@@ -1,0 +1,69 @@
+"""`[[losses]]` as a hook of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.build import execution_here
+from trainer.losses.auxiliary import AuxLosses, StepLosses
+from trainer.losses.opening import Origin, Setting, open_losses
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+    from trainer.hooks.hooks import Beginning, Hook, Hooks
+
+NAME = "losses"
+
+
+class LossesHook:
+    """The auxiliary losses of a run; until `begin` there are none."""
+
+    def __init__(self) -> None:
+        self._losses = AuxLosses()
+
+    def begin(self, beginning: Beginning, state: Mapping[str, Any] | None) -> list[str]:
+        """Load the references."""
+        config = beginning.config
+        setting = Setting(
+            engine=beginning.engine,
+            model=beginning.model,
+            execution=execution_here(
+                precision=config.train.precision, deterministic=config.run.deterministic
+            ),
+            sequence_length=config.data.sequence_length,
+            source_names=beginning.stream.source_names,
+            origin=_origin(beginning),
+            document_mask=config.data.document_mask,
+        )
+        self._losses = open_losses(config.losses, setting, state)
+        return self._losses.notes()
+
+    def at(self, step: int) -> StepLosses | None:
+        """As `AuxLosses.at`."""
+        return self._losses.at(step)
+
+    def state(self) -> dict[str, Any]:
+        """Which references the losses have."""
+        return self._losses.state()
+
+
+def make_losses(config: RunConfig) -> dict[str, Hook]:
+    """The hook, where the run file asks for it."""
+    return {NAME: LossesHook()} if config.losses else {}
+
+
+def losses_at(hooks: Hooks, step: int) -> StepLosses | None:
+    """The auxiliary losses of the step after `step` steps; None where there are none."""
+    hook = hooks.by_name.get(NAME)
+    return hook.at(step) if isinstance(hook, LossesHook) else None
+
+
+def _origin(beginning: Beginning) -> Origin:
+    """What the stage started from; of a run that goes on from itself its lineage knows."""
+    config, start = beginning.config, beginning.start
+    path = beginning.origin
+    if start.resumed:
+        path = Path(start.lineage[-1]["path"]) if start.lineage else None
+    return Origin(path, config.run.seed, config.checkpoint.spec, config.checkpoint.facts)
