@@ -52,11 +52,12 @@ def write_picture(curves: Sequence[StageCurve], path: Path, title: str) -> None:
 
 
 def _draw_rates(axes: Axes, axis: Axis) -> None:
-    """A line in the style of each phase, joined to the next phase of the stage."""
+    """A line in each phase's style; a plateau is level, so what joins it is drawn as its neighbours are."""
     named: set[Phase] = set()
     for start, curve in zip(axis.starts, axis.curves, strict=False):
         for phase, (first, last) in curve.phases.items():
-            points = [point for point in curve.points if first <= point[0] <= last + 1]
+            begin = first - ("stable" in curve.phases and curve.phases["stable"][1] == first - 1)
+            points = [point for point in curve.points if begin <= point[0] <= last + (phase != "stable")]
             axes.plot(
                 [start + step - curve.first_step for step, _ in points],
                 [rate for _, rate in points],
