@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 
 from parallel.settings import Settings
+from trainer.data.mixture_config import MixtureConfig, mixture_problems
 
 
 def without_extension(path: str) -> str:
@@ -28,7 +29,15 @@ class SourceConfig(Settings):
     path: Prefix
     """Path of the Megatron pair PATH.bin and PATH.idx, with or without the extension."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Share of the sequences, relative to the other sources' weights."""
+    """Share of the sequences, relative to the other sources' weights (of its group, where there are groups).
+    `[data.mixture]` may override it."""
+    group: Name | None = None
+    """Which of `[data.mixture.groups]` it belongs to."""
+    max_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Most passes over its documents, those of earlier stages included; it leaves the mixture at the step
+    border before it would read more. None knows no end."""
+    tags: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """What the source is, for whoever chooses or reports by it: domain, language, date, ..."""
 
 
 class ValidationConfig(Settings):
@@ -36,6 +45,8 @@ class ValidationConfig(Settings):
 
     name: Name
     path: Prefix
+    source: Name | None = None
+    """The source that it is held out of; by default the one of its own name."""
 
 
 class DataConfig(Settings):
@@ -48,6 +59,7 @@ class DataConfig(Settings):
     sequence_length: int = Field(default=1024, gt=0)
     """Tokens in a sequence."""
     sources: tuple[SourceConfig, ...] = ()
+    mixture: MixtureConfig = MixtureConfig()
     validation: tuple[ValidationConfig, ...] = ()
     document_mask: bool = True
     """Attention stops at the borders of documents and positions restart there. Off: one sequence is one
@@ -74,6 +86,7 @@ class DataConfig(Settings):
             found.append(
                 "data.sources: no source to train on; add a [[data.sources]] with name, path and weight"
             )
+        found += mixture_problems(self.mixture, self.sources)
         for section, entries in (("sources", self.sources), ("validation", self.validation)):
             for entry in entries:
                 found += [f"data.{section} {entry.name!r}: {text}" for text in _pair_problems(entry.path)]

@@ -36,6 +36,12 @@ class Prefetcher(Generic[T]):
             self._ahead = (step + 1, self._thread.submit(self._build, step + 1))
         return result
 
+    def discard(self) -> None:
+        """Throw away what was built ahead: what the next step is made of has changed."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not ahead[1].cancel():
+            ahead[1].exception()  # wait: what was built ahead must not end after the change
+
     def close(self) -> None:
         """End the thread; a step that is being built ahead is thrown away."""
         if self._thread is not None:

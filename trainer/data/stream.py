@@ -1,8 +1,8 @@
 """The batches of a run: which tokens make up step k, for whoever asks, in whatever layout.
 
-Three pieces, each with a small explicit state, follow each other: the mixture says which source the n-th
-sequence comes from (`Mixture`), the source's order says which tokens its k-th sequence holds (`SourceOrder`),
-and packing cuts them out (`pack`). n is the position since the mixture began: step * global_batch + i.
+Three pieces, each with a small explicit state, follow each other: the dealer says which source each sequence
+of a step comes from (`Dealer`), the source's order says which tokens its k-th sequence holds (`SourceOrder`),
+and packing cuts them out (`pack`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 from trainer.data.batch import MicroBatch
 from trainer.data.config import DataConfig
 from trainer.data.corpus import OpenedCorpora, open_corpora
+from trainer.data.dealing import Cursor, Dealer
 from trainer.data.indexed import IndexedReader
-from trainer.data.mixture import Mixture
+from trainer.data.mixture import rank_among_equals
 from trainer.data.order import SourceOrder, Spans, cut, file_spans
 from trainer.data.packing import pack
 from trainer.data.position import Position
+from trainer.data.terms import terms_of
 from trainer.data.tokenizer import Tokenizer
+from trainer.data.weights import WHOLE
 
 
 @dataclass(frozen=True)
@@ -154,18 +157,19 @@ class TokenStream(Batches):
         global_batch: int,
         state: Mapping[str, Any] | None = None,
         first_step: int = 0,
+        stage: str = "",
     ) -> None:
         """Open the sources; `state` is what `state()` returned in the run that this one goes on from.
 
         Without a state every source begins at its beginning, at step `first_step`.
 
-        With the same sources, weights, sequence length and global batch, a resumed run goes on as if it had
-        never stopped. Where one of them has changed, a new mixture begins at the step of the state, and each
-        source goes on from the token that it had reached.
+        With the same stage, sources, weights, caps, sequence length and global batch, a resumed run goes on
+        as if it had never stopped. Where one of them has changed, a new segment begins at the step of the
+        state, and each source goes on from the token that it had reached.
 
         Raises:
-            ValueError: lists everything that is wrong with the files; or the other run's tokenizer was
-                another.
+            ValueError: lists everything that is wrong with the files or the mixture; or the other run's
+                tokenizer was another.
         """
         tokenizer, corpora = open_corpora(config, "sources")
         names = tuple(source.name for source in config.sources)
@@ -173,48 +177,61 @@ class TokenStream(Batches):
         self._orders = [
             SourceOrder(corpus, seed=seed, name=name) for name, corpus in zip(names, corpora, strict=True)
         ]
-        weights = [source.weight for source in config.sources]
-        self._mixture = Mixture(weights)
+        sizes = {name: corpus.num_tokens for name, corpus in zip(names, corpora, strict=True)}
         self._position = Position.begin(
-            seed=seed,
-            sequence_length=config.sequence_length,
-            global_batch=global_batch,
-            weights=dict(zip(names, weights, strict=True)),
-            sizes={name: corpus.num_tokens for name, corpus in zip(names, corpora, strict=True)},
+            terms_of(config, sizes, seed=seed, global_batch=global_batch, stage=stage),
             tokenizer=tokenizer.fingerprint,
+            paths={source.name: source.path for source in config.sources},
             first_step=first_step,
         )
         if state is not None:
             self._position = self._position.resume(state)
-            if self._position.same_mixture(state):
-                at = state["step"] - self._position.first_step
-                self._mixture.resume(at * global_batch, self._position.counts(state))
+        groups = {source.name: source.group for source in config.sources}
+        self._dealer = Dealer(self._position.terms, self._position.start, groups)
 
     def state(self, step: int) -> dict[str, Any]:
         """The data position before `step`: JSON, independent of the layout."""
         with self._lock:
-            return self._position.state(step, self._mixture.counts(self._number(step)))
+            return self._position.state(self._dealer.at(step))
 
-    def _number(self, step: int) -> int:
-        if step < self._position.first_step:
-            raise ValueError(
-                f"step {step}: this mixture began at step {self._position.first_step}; load the checkpoint "
-                "of that step with the [data] it was written under"
-            )
-        return (step - self._position.first_step) * self.global_batch
+    @property
+    def weights(self) -> dict[str, float]:
+        """Shares asked of the sources since the weights were last set; those that have left since count too.
+
+        `weights_at` says what is dealt at a step.
+        """
+        with self._lock:
+            return self._shares(self._dealer.at(self._dealer.newest_change))
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Shares asked of the sources before `step`, summing to 1; 0 for one whose cap has been reached."""
+        with self._lock:
+            return self._shares(self._dealer.at(step))
+
+    def set_weights(self, step: int, weights: Mapping[str, float]) -> None:
+        """From `step` on, deal the sources with these relative weights; call it alike on every rank.
+
+        What each source has been asked for and not been dealt is carried over. Whoever has built batches of
+        `step` ahead throws them away (`Prefetcher.discard`).
+
+        Raises:
+            ValueError: as `Dealer.set_weights`.
+        """
+        with self._lock:
+            self._dealer.set_weights(step, weights)
+            self._plans = {at: plan for at, plan in self._plans.items() if at < step}
+
+    def _shares(self, cursor: Cursor) -> dict[str, float]:
+        return {name: one / WHOLE for name, one in zip(self.source_names, cursor.weights, strict=True)}
 
     def _plan(self, step: int) -> StepPlan:
-        sources, numbers = self._mixture.deal(self._number(step), self.global_batch)
-        rows = np.empty_like(numbers)
+        cursor, sources = self._dealer.deal(step)
         spans: dict[int, Spans] = {}
-        length = self.sequence_length
-        for source in np.unique(sources).tolist():
-            chosen = sources == source
-            first = int(numbers[chosen][0])
-            rows[chosen] = numbers[chosen] - first
-            begin = self._position.starts[self.source_names[source]] + first * length
-            spans[source] = self._orders[source].spans(begin, int(chosen.sum()) * length + 1)
-        return StepPlan(sources, rows, spans)
+        for source, count in enumerate(np.bincount(sources).tolist()):
+            if count:
+                wanted = count * self.sequence_length + 1
+                spans[source] = self._orders[source].spans(cursor.read[source], wanted)
+        return StepPlan(sources, rank_among_equals(sources), spans)
 
 
 class ValidationStream(Batches):
