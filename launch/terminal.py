@@ -51,8 +51,13 @@ class Terminal:
         self.console.print(Text(f"step {step}: ", style="cyan") + Text(text, style="default"), soft_wrap=True)
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """Print the held-out losses, a line for each validation set."""
-        self.console.print(evaluation_table(record))
+        """Print the held-out losses, a line for each validation set; those of a dense evaluation in one."""
+        if record.dense:
+            losses = {**record.losses, **record.first_losses}
+            text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            self.event(f"held-out  {text}", step=record.step)
+        else:
+            self.console.print(evaluation_table(record))
 
     def close(self) -> None:
         """Leave the last line standing."""
@@ -102,14 +107,15 @@ def fields(record: StepRecord) -> list[tuple[str, str]]:
 
 
 def evaluation_table(record: EvaluationRecord) -> Table:
-    """Loss, perplexity and tokens of every validation set."""
+    """Loss, perplexity, bits per byte and tokens of every validation set."""
     table = Table(title=f"evaluation after step {record.step}", title_justify="left", title_style="cyan")
     table.add_column("validation set", overflow="fold")
-    for heading in ("loss", "perplexity", "tokens"):
+    for heading in ("loss", "perplexity", "bits/byte", "tokens"):
         table.add_column(heading, justify="right")
     for name, loss in record.losses.items():
-        perplexity = record.perplexity(name)
-        table.add_row(name, f"{loss:.4f}", f"{perplexity:.2f}", count(record.tokens.get(name, 0)))
+        bits = f"{record.bits_per_byte[name]:.3f}" if name in record.bits_per_byte else ""
+        perplexity = f"{record.perplexity(name):.2f}"
+        table.add_row(name, f"{loss:.4f}", perplexity, bits, count(record.tokens.get(name, 0)))
     return table
 
 

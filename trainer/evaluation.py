@@ -1,72 +1,172 @@
-"""The loss on held-out documents, one number for each validation set."""
+"""The loss on held-out documents, one number for each validation set.
+
+An evaluation reads batches of its own and moves no data cursor and no random stream: a run may be evaluated
+as densely as one likes without becoming another run.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
+from typing import Literal
 
 from trainer.data.stream import ValidationStream, open_validation
-from trainer.metrics.sink import EvaluationRecord
+from trainer.forgetting.text_bytes import bits_per_byte, count_text_bytes
+from trainer.metrics.sink import EvaluationRecord, Role
 from trainer.session import Session
 from trainer.step import evaluate
 from trainer.updates.opening import averaged
+
+Extent = Literal["whole", "dense"]
+"""How much of each set is read: up to `eval.batches`, or the first `eval.dense_batches` only."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The loss over the beginning of a validation set, or over all of it that is to be read.
+
+    Attributes:
+        loss: mean in nats.
+        steps: global batches of the set that were read.
+        whole: whether they are all that an evaluation reads.
+    """
+
+    set_name: str
+    loss: float
+    tokens: int
+    steps: int
+    whole: bool
 
 
 class Evaluator:
     """Evaluates all validation sets of a run, on all ranks together."""
 
-    def __init__(self, session: Session) -> None:
-        """Open the validation sets."""
+    def __init__(self, session: Session, *, first_step: int | None = None) -> None:
+        """Open the validation sets.
+
+        Args:
+            first_step: steps that were done when this stage began; by default what the session knows of it.
+        """
         config = session.config
         self._session = session
         self._streams = open_validation(config.data, global_batch=config.train.global_batch)
+        self._first_step = _began(session) if first_step is None else first_step
+        wanted = config.eval.dense
+        self._dense = bool(session.lineage) if wanted is None else wanted
+        self._sources = {entry.name: entry.source or entry.name for entry in config.data.validation}
+        self._roles = {name: self._role(source) for name, source in self._sources.items()}
+        self._text_bytes: dict[tuple[str, int], int] = {}
 
-    def due(self, *, last: bool) -> bool:
-        """Whether to evaluate after the step just done."""
-        every = self._session.config.eval.every
-        return bool(self._streams) and (last or (every > 0 and self._session.step % every == 0))
+    def due(self, *, last: bool) -> Extent | None:
+        """What to evaluate after the step just done; None for nothing."""
+        settings, step = self._session.config.eval, self._session.step
+        if not self._streams:
+            return None
+        if last or (settings.every > 0 and step % settings.every == 0):
+            return "whole"
+        if self._dense and is_dense_step(step - self._first_step, settings.dense_per_decade):
+            return "dense"
+        return None
 
     def due_at_start(self) -> bool:
         """Whether to evaluate before the first step. A run that goes on from itself has done so already."""
-        session = self._session
-        return bool(self._streams) and session.config.eval.at_start and not session.resumed
+        session, wanted = self._session, self._session.config.eval.at_start
+        return bool(self._streams) and not session.resumed and (self._dense if wanted is None else wanted)
 
-    def run(self) -> EvaluationRecord:
-        """Mean loss in nats of every validation set, over at most `eval.batches` global batches.
+    def run(self, extent: Extent = "whole") -> EvaluationRecord:
+        """Mean loss in nats of every validation set, and its bits per byte.
 
         Where the average of the weights is evaluated too, its losses are those of "NAME (average)".
         """
         began = time.monotonic()
-        losses, tokens = self._means("")
+        found = self._read_all(extent, "")
         average = averaged(self._session.hooks)
         if average is not None:
             with average:
-                of_average, its_tokens = self._means(" (average)")
-            losses, tokens = losses | of_average, tokens | its_tokens
-        return EvaluationRecord(self._session.step, losses, tokens, time.monotonic() - began)
-
-    def _means(self, suffix: str) -> tuple[dict[str, float], dict[str, int]]:
-        """Loss and tokens of every set, by its name with the suffix."""
-        means = {stream.name + suffix: self._mean(stream) for stream in self._streams}
-        return (
-            {name: loss for name, (loss, _) in means.items()},
-            {name: tokens for name, (_, tokens) in means.items()},
+                found |= self._read_all(extent, " (average)")
+        whole = {name: mean for name, means in found.items() for mean in means if mean.whole}
+        firsts = {name: mean for name, means in found.items() for mean in means if not mean.whole}
+        text = {name: self._count(mean) for name, mean in whole.items()}
+        bits = {name: bits_per_byte(mean.loss, mean.tokens, text[name]) for name, mean in whole.items()}
+        return EvaluationRecord(
+            self._session.step,
+            {name: mean.loss for name, mean in whole.items()},
+            {name: mean.tokens for name, mean in whole.items()},
+            time.monotonic() - began,
+            dense=extent == "dense",
+            first_losses={name: mean.loss for name, mean in firsts.items()},
+            first_tokens={name: mean.tokens for name, mean in firsts.items()},
+            bits_per_byte=bits,
+            text_bytes=text,
+            sources=self._sources,
+            roles=self._roles,
         )
 
-    def _mean(self, stream: ValidationStream) -> tuple[float, int]:
-        session = self._session
+    def _read_all(self, extent: Extent, suffix: str) -> dict[str, list[Mean]]:
+        """The means of every set, by its name with the suffix."""
+        return {stream.name + suffix: self._read(stream, extent) for stream in self._streams}
+
+    def _read(self, stream: ValidationStream, extent: Extent) -> list[Mean]:
+        """One pass over a set: the means of its beginning and, of a whole evaluation, of all of it."""
+        settings = self._session.config.eval
+        steps = min(stream.steps, settings.batches or stream.steps)
+        first = min(steps, settings.dense_batches) if self._dense else steps
         total = count = 0.0
-        for step in range(min(stream.steps, session.config.eval.batches or stream.steps)):
-            batches = stream.micro_batches(
-                step,
-                data_rank=session.mesh.data_rank,
-                data_size=session.mesh.data,
-                micro_batch=session.config.train.micro_batch,
-            )
-            report = evaluate(
-                session.engine, batches, num_sources=1, document_mask=session.config.data.document_mask
-            )
-            if report.tokens:
-                total += report.loss * report.tokens
-                count += report.tokens
-        return (total / count if count else math.nan), round(count)
+        means: list[Mean] = []
+        for step in range(first if extent == "dense" else steps):
+            loss, tokens = self._step(stream, step)
+            if tokens:
+                total += loss * tokens
+                count += tokens
+            if step + 1 in (first, steps):
+                mean = total / count if count else math.nan
+                means.append(Mean(stream.name, mean, round(count), step + 1, whole=step + 1 == steps))
+        return means
+
+    def _step(self, stream: ValidationStream, step: int) -> tuple[float, float]:
+        """Mean loss of one global batch, and its tokens."""
+        session = self._session
+        batches = stream.micro_batches(
+            step,
+            data_rank=session.mesh.data_rank,
+            data_size=session.mesh.data,
+            micro_batch=session.config.train.micro_batch,
+        )
+        masked = session.config.data.document_mask
+        report = evaluate(session.engine, batches, num_sources=1, document_mask=masked)
+        return report.loss, report.tokens
+
+    def _count(self, mean: Mean) -> int:
+        """Bytes of the text that a mean is over, counted once."""
+        key = mean.set_name, mean.steps
+        if key not in self._text_bytes:
+            (stream,) = (one for one in self._streams if one.name == mean.set_name)
+            self._text_bytes[key] = count_text_bytes(stream, mean.steps)
+        return self._text_bytes[key]
+
+    def _role(self, source: str) -> Role:
+        if source in self._session.stream.source_names:
+            return "trained"
+        return "old" if self._session.lineage else "unseen"
+
+
+def is_dense_step(number: int, per_decade: int | None) -> bool:
+    """Whether to evaluate after the `number`-th step of a stage, counted from 1.
+
+    Args:
+        per_decade: evaluations between n and 10 n steps; None takes the powers of 2.
+    """
+    if number < 1:
+        return False
+    if per_decade is None:
+        return number & (number - 1) == 0
+    nearest = round(per_decade * math.log10(number))
+    return any(number == round(10 ** (place / per_decade)) for place in (nearest - 1, nearest, nearest + 1))
+
+
+def _began(session: Session) -> int:
+    """The step at which the stage began; a run that goes on from itself is in the middle of it."""
+    if not session.resumed:
+        return session.step
+    return int(session.lineage[-1]["step"]) if session.lineage else 0

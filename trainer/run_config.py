@@ -49,10 +49,18 @@ class EvalConfig(Settings):
 
     every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates only at the end. Without validation sets nothing runs."""
-    at_start: bool = False
-    """Also before the first step of a run: what it starts from, new weights or a checkpoint's."""
+    at_start: bool | None = None
+    """Also before the first step of a run: what it starts from, new weights or a checkpoint's. By default
+    where `dense` is on, since forgetting is measured from there."""
     batches: int | None = Field(default=None, gt=0)
     """Global batches of each validation set; all of it when not given."""
+    dense: bool | None = None
+    """Also after 1, 2, 4, 8, ... steps of a stage: what forgetting looks like when it begins. By default on
+    in a stage that starts from a checkpoint."""
+    dense_per_decade: int | None = Field(default=None, gt=0, le=100)
+    """So many steps, evenly spaced in their logarithm, between 1 and 10, 10 and 100, ... instead."""
+    dense_batches: int = Field(default=4, gt=0)
+    """Global batches of each validation set that such an evaluation reads."""
 
 
 class MetricsConfig(Settings):

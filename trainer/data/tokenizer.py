@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         """Id of the token that ends a document."""
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: the end of a document, and whatever else the tokenizer declares."""
+
+    @property
     def fingerprint(self) -> str:
         """Equal for two tokenizers exactly when they give the same ids, the end of documents included."""
 
@@ -52,6 +56,7 @@ class BytesTokenizer:
 
     vocab_size = 257
     eod_id = 256
+    special_ids = frozenset({256})
     fingerprint = "bytes-257"
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -81,6 +86,8 @@ class JsonTokenizer:
         inner.encode_special_tokens = True  # a document that quotes "<|endoftext|>" must not end there
         self._inner = inner
         self.eod_id = int(eod_id)
+        added = inner.get_added_tokens_decoder()
+        self.special_ids = frozenset({self.eod_id, *(number for number, one in added.items() if one.special)})
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         definition = json.loads(inner.to_str())
         for key in ("truncation", "padding", "post_processor", "version"):  # none of these changes our ids
@@ -112,6 +119,7 @@ class SentencePieceTokenizer:
         self._inner = inner
         self.eod_id = int(eod_id)
         self.vocab_size = int(inner.vocab_size())
+        self.special_ids = frozenset({self.eod_id, *filter(inner.is_control, range(self.vocab_size))})
         self.fingerprint = _digest(origin.read_bytes(), str(eod_id))
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,8 +39,7 @@ class JsonLines:
 
     def step(self, record: StepRecord) -> None:
         """Append one step; readings that this machine does not have are left out."""
-        content = {key: value for key, value in vars(record).items() if value is not None and value != {}}
-        self._write("step", **content)
+        self._write("step", **_said(record))
 
     def event(self, text: str, *, step: int) -> None:
         """Append one event."""
@@ -48,7 +47,7 @@ class JsonLines:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Append one evaluation."""
-        self._write("evaluation", **vars(record))
+        self._write("evaluation", **_said(record))
 
     def close(self) -> None:
         """Close the file."""
@@ -61,6 +60,51 @@ class JsonLines:
         line = {"kind": kind, "time": round(self._clock(), 3)} | content
         self._file.write(json.dumps(valid_json(line), allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
+
+
+def _said(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if value is not None and value != {}}
+
+
+def read_evaluations(path: Path) -> list[EvaluationRecord]:
+    """The evaluations in a `metrics.jsonl`, in their order; torn lines are left out.
+
+    Raises:
+        ValueError: there is no such file, or a line of it is no evaluation that we have written.
+    """
+    known = {one.name for one in fields(EvaluationRecord)}
+    found = []
+    for line in read_lines(path, "evaluation"):
+        try:
+            content = {key: _numbers(value) for key, value in line.items() if key in known}
+            found.append(EvaluationRecord(**content))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: step {line.get('step')} is no evaluation ({error})") from error
+    return found
+
+
+def read_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The lines of one kind in a `metrics.jsonl`, as they stand there; torn ones are left out.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected what a run writes beside its config.toml")
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # a run that was killed, or that is writing at this moment
+        if isinstance(line, dict) and line.get("kind") == kind:
+            yield line
+
+
+def _numbers(value: Any) -> Any:
+    """What `valid_json` has made a string of is a number again; only losses can be such."""
+    if isinstance(value, dict):
+        return {key: float(one) if one in ("nan", "inf", "-inf") else one for key, one in value.items()}
+    return value
 
 
 def valid_json(value: Any) -> Any:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
+
+Role = Literal["trained", "old", "unseen"]
+"""Of a validation set in a stage: its source is trained on; or is not, and the stage starts from a checkpoint
+that may know it; or is not, and there is no checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,27 @@ class EvaluationRecord:
         losses: mean loss in nats of each validation set, by its name.
         tokens: valid tokens that each mean is over.
         seconds: wall time of the whole evaluation.
+        dense: one of the early ones between the others, over the first `eval.dense_batches` global batches.
+            Sets that have more than those are in `first_losses` only.
+        first_losses, first_tokens: losses and tokens over what a dense evaluation reads, of the sets that
+            have more; every evaluation has them, so that all make one curve.
+        bits_per_byte: of each of `losses`; compares different tokenizers, which nats a token do not.
+        text_bytes: UTF-8 bytes of the tokens that each mean is over; special tokens have none.
+        sources: the source that each set belongs to.
+        roles: what the stage does with it: see `Role`.
     """
 
     step: int
     losses: Mapping[str, float]
     tokens: Mapping[str, int]
     seconds: float = 0.0
+    dense: bool = False
+    first_losses: Mapping[str, float] = field(default_factory=dict)
+    first_tokens: Mapping[str, int] = field(default_factory=dict)
+    bits_per_byte: Mapping[str, float] = field(default_factory=dict)
+    text_bytes: Mapping[str, int] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, Role] = field(default_factory=dict)
 
     def perplexity(self, name: str) -> float:
         """exp(loss) of one validation set; infinite where that overflows."""
