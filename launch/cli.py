@@ -109,6 +109,14 @@ def check(run_file: RunFileArgument, overrides: SetOption = None, ranks: RanksOp
     run_check(run_file, overrides or [], ranks=ranks)
 
 
+@app.command()
+def plan_resume(run_file: RunFileArgument, overrides: SetOption = None, ranks: RanksOption = None) -> None:
+    """Show what each stage keeps of the checkpoint that it starts from. Starts nothing."""
+    from launch.plan_command import plan_resume as show_plan
+
+    show_plan(run_file, overrides or [], ranks=ranks)
+
+
 def main() -> None:
     """Entry point of the `ratoon` command."""
     app()

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -26,10 +27,16 @@ from launch.process_group import start_process_group
 from launch.rank_logs import FAILURE, log_path, start_logging
 from launch.ranks import run_ranks
 from launch.terminal import Terminal
-from trainer.config import RunConfig, check_config, config_toml, load_config, resolve
+from trainer.config import RunConfig, config_toml, resolve
+from trainer.config_problems import report
 from trainer.metrics.json_lines import JsonLines
 from trainer.metrics.sink import MetricSink, SinkList
 from trainer.metrics.tensorboard import TensorBoard
+from trainer.stages.check import check_stages, stage_problems
+from trainer.stages.history import write_history
+from trainer.stages.load_stages import load_stages
+from trainer.stages.plan import takeover
+from trainer.stages.stage import Stage
 
 
 def train(run_file: Path, overrides: list[str], *, ranks: int | None = None) -> None:
@@ -41,18 +48,33 @@ def train(run_file: Path, overrides: list[str], *, ranks: int | None = None) -> 
     """
     environment = read_environment()
     try:
-        config = load_config(run_file, overrides)
-        world_size = choose_world_size(config, environment, ranks)
-        check_config(config, world_size, name=str(run_file))
+        stages = load_stages(run_file, overrides)
+        worlds = [choose_world_size(stage.config, environment, ranks) for stage in stages]
+        check_stages(stages, worlds, name=str(run_file))
     except ValueError:
         if environment.rank != 0:
             sys.exit(USAGE)  # the first rank says it for all
         raise
-    config = resolve(config)
-    if environment.launcher == "local":
-        start_ranks(config, world_size, gpus=environment.gpus)
-    else:
-        _join(config, environment)
+    if environment.launcher != "local":
+        _join(stages, environment)
+        return
+    for stage, world_size in zip(stages, worlds, strict=True):
+        if config := _next_config(stage, stages, world_size):
+            write_history(stage, takeover(stage, stages))
+            start_ranks(config, world_size, gpus=environment.gpus)
+
+
+def _next_config(stage: Stage, stages: Sequence[Stage], world_size: int) -> RunConfig | None:
+    """The resolved configuration of a stage whose turn has come; None of one that is done.
+
+    Raises:
+        ValueError: the checkpoint that was waited for does not fit.
+    """
+    if len(stages) > 1 and stage.is_finished:
+        return None
+    if problems := stage_problems(stage, stages, world_size):
+        raise ValueError(report(f"stage {stage.name}", problems))
+    return resolve(stage.config)
 
 
 def choose_world_size(config: RunConfig, environment: Environment, ranks: int | None) -> int:
@@ -115,8 +137,8 @@ def _leave(signum: int, frame: FrameType | None) -> None:
     sys.exit(128 + signum)  # unwinds, and so ends the ranks
 
 
-def _join(config: RunConfig, environment: Environment) -> None:
-    """Be one rank among those that torchrun or srun started."""
+def _join(stages: Sequence[Stage], environment: Environment) -> None:
+    """Be one rank among those that torchrun or srun started, through all stages."""
     assert environment.master_address is not None
     assert environment.master_port is not None
     announce_rank(
@@ -129,23 +151,45 @@ def _join(config: RunConfig, environment: Environment) -> None:
     if device is None:
         hide_gpus()
     else:
-        prepare_gpus(tensor=config.parallel.tensor, deterministic=config.run.deterministic)
+        _prepare_gpus(stages)
     start_process_group(
         environment.rank,
         environment.world_size,
         device=device,
         threads=threads_per_rank(environment.local_world_size),
     )
-    if environment.rank == 0:
-        write_run_folder(config)
     import torch.distributed as dist
 
-    dist.barrier()
     try:
-        run_rank(config)
+        for stage in stages:
+            _join_stage(stage, stages, environment)
     except Exception as error:
         raise RankError(environment.rank, traceback.format_exc(), message=user_message(error)) from None
     dist.destroy_process_group()
+
+
+def _prepare_gpus(stages: Sequence[Stage]) -> None:
+    """For the widest tensor parallelism of the stages: CUDA reads its environment once."""
+    configs = [stage.config for stage in stages]
+    prepare_gpus(
+        tensor=max(config.parallel.tensor for config in configs),
+        deterministic=any(config.run.deterministic for config in configs),
+    )
+
+
+def _join_stage(stage: Stage, stages: Sequence[Stage], environment: Environment) -> None:
+    import torch.distributed as dist
+
+    from parallel.mesh import destroy_mesh
+
+    dist.barrier()  # the stage before has been written
+    if config := _next_config(stage, stages, environment.world_size):
+        if environment.rank == 0:
+            write_history(stage, takeover(stage, stages))
+            write_run_folder(config)
+        dist.barrier()
+        run_rank(config)
+        destroy_mesh()
 
 
 def write_run_folder(config: RunConfig) -> None:

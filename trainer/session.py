@@ -43,6 +43,7 @@ class Session:
     """The parts of a run, and how far it is.
 
     Attributes:
+        first_step: steps that were done before this stage.
         step: optimizer steps done, those before a resume included.
         anchor: where the schedule began; with the step it decides every learning rate.
         lr: learning rate of the last update.
@@ -60,6 +61,7 @@ class Session:
     schedule: Schedule
     anchor: Anchor
     saver: Saver
+    first_step: int
     step: int
     lr: float
     resumed: bool
@@ -84,6 +86,7 @@ class Session:
         """All that decides the next step and is no tensor: JSON, the same on every rank."""
         return {
             "step": self.step,
+            "first_step": self.first_step,
             "scalars": {"updates": self.engine.updates, "lr": self.lr},
             "schedule": {
                 "anchor": self.anchor.to_json(),
@@ -144,6 +147,7 @@ def open_session(config: RunConfig) -> tuple[Session, list[str]]:
         schedule=plan,
         anchor=start.anchor,
         saver=_open_saver(config, mesh, run_id=start.run_id),
+        first_step=start.first_step,
         step=start.step,
         lr=start.lr,
         resumed=start.resumed,

@@ -41,6 +41,7 @@ class Start:
         lineage: the checkpoints that it comes from, oldest first.
         rank_state: this rank's bytes, on the same layout only.
         hooks: state of the run's hooks, by name.
+        first_step: of the stage: steps done before it began.
         missing: (logical name, state) that hooks keep and the checkpoint lacks; None of a run that starts
             from nothing.
     """
@@ -55,6 +56,7 @@ class Start:
     lineage: list[dict[str, Any]]
     rank_state: Mapping[str, bytes]
     hooks: Mapping[str, Any] = field(default_factory=dict)
+    first_step: int = 0
     missing: frozenset[tuple[str, str]] | None = None
 
 
@@ -98,9 +100,16 @@ def start_from(
         lineage=_lineage(opened, loaded, same_run=same_run),
         rank_state=loaded.rank_state if "random" in kept else {},
         hooks=found.get("hooks", {}),
+        first_step=_first_step(found) if same_run else step,
         missing=loaded.absent,
     )
     return start, notes + _ways_of_going_on(start, decisions, config, loaded)
+
+
+def _first_step(state: Mapping[str, Any]) -> int:
+    """Where the stage of a run's own checkpoint began; the first versions kept only where it came from."""
+    lineage = state.get("lineage") or [{"step": 0}]
+    return int(state.get("first_step", lineage[-1]["step"]))
 
 
 def _what_was_loaded(opened: Opened, loaded: LoadedState) -> list[str]:

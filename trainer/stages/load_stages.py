@@ -1,0 +1,151 @@
+"""The stages of a run file, each with its first and last step, its folder, and what it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoint.opening import open_checkpoint
+from trainer.config import RunConfig, parse_config, schedule, start_decisions
+from trainer.config_problems import report
+from trainer.run_file import RunFile, apply_overrides, read_run_file
+from trainer.schedule import Anchor
+from trainer.stages.anchoring import anchor_of
+from trainer.stages.decisions import Held, decide
+from trainer.stages.expand import stage_files
+from trainer.stages.stage import Origin, Stage
+
+OURS = Held("Ratoon", moments=True, schedule=True, data=True, weights_format=False)
+"""What a checkpoint of an earlier stage will hold."""
+
+
+def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
+    """The stages of a run file in order; one, called as the run, where it has no `[[stage]]`.
+
+    `overrides` are `--set` assignments; `stage.1.steps=20` is the second stage's.
+
+    Raises:
+        ValueError: listing what is wrong with the run file, or with the first stage that cannot be planned.
+    """
+    run_file = apply_overrides(read_run_file(path), overrides)
+    if "stage" not in run_file.values:
+        config = parse_config(run_file)
+        return [Stage(config.run.name, 0, config, 0, config.run.folder)]
+    stages: list[Stage] = []
+    for own, file in stage_files(run_file):
+        stages.append(_stage(own, file, stages))
+    return stages
+
+
+def _stage(own: dict[str, Any], file: RunFile, before: Sequence[Stage]) -> Stage:
+    name = own["name"]
+    origin = _place(file, before)
+    file.values.setdefault("train", {})["steps"] = 1  # until its first step is known
+    if origin is not None:
+        checkpoints = _named(before, origin.stage).config.run.checkpoints
+        file.values.setdefault("checkpoint", {})["load"] = str(origin.path(checkpoints))
+    config = parse_config(file)
+    run_folder = config.run.folder
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_folder / name})})
+    first = _first_step(config, origin, before)
+    length = _length(own, config, first, origin, before)
+    train = config.train.model_copy(update={"steps": first + length})
+    config = config.model_copy(update={"train": train})
+    return Stage(name, len(before), config, first, run_folder, origin)
+
+
+def _place(file: RunFile, before: Sequence[Stage]) -> Origin | None:
+    """Take `start.from` out of the file: what is no stage's name is the path of a checkpoint."""
+    start = dict(file.values.get("start", {}))
+    said = start.pop("from", None)
+    file.values["start"] = start
+    if said is None:
+        return Origin(before[-1].name) if before and not _loads(file) else None
+    word, _, step = str(said).partition("@")
+    if word not in [stage.name for stage in before]:
+        file.values.setdefault("checkpoint", {})["load"] = said
+        return None
+    if step and not step.isdigit():
+        raise ValueError(report(file.name, [f"start.from = {said}: after @ stands a step, found {step!r}"]))
+    return Origin(word, int(step) if step else None)
+
+
+def _loads(file: RunFile) -> bool:
+    return "load" in file.values.get("checkpoint", {})
+
+
+def _named(stages: Sequence[Stage], name: str) -> Stage:
+    return next(stage for stage in stages if stage.name == name)
+
+
+def _first_step(config: RunConfig, origin: Origin | None, before: Sequence[Stage]) -> int:
+    if origin is not None:
+        last = _named(before, origin.stage).last_step
+        kept = decide(config.start, OURS)["step"].verdict == "keep"
+        return (origin.step if origin.step is not None else last) if kept else 0
+    if config.checkpoint.load is None:
+        return 0
+    opened = open_checkpoint(
+        config.checkpoint.load, spec=config.checkpoint.spec, facts=config.checkpoint.facts
+    )
+    kept = start_decisions(config, opened, same_run=False)["step"].verdict == "keep"
+    return opened.manifest.step if kept else 0
+
+
+def _length(
+    own: dict[str, Any], config: RunConfig, first: int, origin: Origin | None, before: Sequence[Stage]
+) -> int:
+    """Steps of the stage; tokens are rounded up to whole global batches.
+
+    Raises:
+        ValueError: a number that is not a whole one above 0, or a learning rate that is never reached.
+    """
+    name = own["name"]
+    if "until" not in own:
+        key = "steps" if "steps" in own else "tokens"
+        value = own[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"stage {name}: {key} = {value!r}: expected a whole number above 0")
+        return value if key == "steps" else -(-value // config.tokens_per_step)
+    until = own["until"]
+    if not isinstance(until, dict) or set(until) != {"lr_below"}:
+        raise ValueError(f"stage {name}: until = {until!r}: expected until = {{ lr_below = LEARNING_RATE }}")
+    return _steps_until(until["lr_below"], name, config, first, origin, before)
+
+
+def _steps_until(
+    lr: float, name: str, config: RunConfig, first: int, origin: Origin | None, before: Sequence[Stage]
+) -> int:
+    plan = schedule(config)
+    if config.schedule.steps is None:
+        raise ValueError(
+            f"stage {name}: until.lr_below asks where the schedule falls to {lr}, and it has no length of "
+            "its own: set schedule.steps"
+        )
+    state: dict[str, Any] = {}
+    if origin is not None:  # a kept schedule began where the stage before began its own
+        state["schedule"] = {"anchor": planned_anchor(_named(before, origin.stage), before).to_json()}
+    anchor = anchor_of(config.start, plan, decide(config.start, OURS), step=first, state=state)
+    step = plan.first_step_below(lr, anchor)
+    if step is None or step <= first:
+        raise ValueError(
+            f"stage {name}: until.lr_below = {lr}: the schedule never falls to it after step {first}; "
+            f"optimizer.lr is {config.optimizer.lr}, optimizer.min_lr {config.optimizer.min_lr}"
+        )
+    return step - first
+
+
+def planned_anchor(stage: Stage, stages: Sequence[Stage]) -> Anchor:
+    """Where the schedule of a stage begins, as far as the run file alone says it."""
+    plan = schedule(stage.config)
+    if stage.origin is None:
+        return plan.begin(stage.first_step)
+    state: dict[str, Any] = {}
+    decisions = decide(stage.config.start, OURS)
+    before = _named(stages, stage.origin.stage)
+    anchor = planned_anchor(before, stages)
+    state["schedule"] = {"anchor": anchor.to_json()}
+    last = (stage.origin.step if stage.origin.step is not None else before.last_step) - 1
+    state["scalars"] = {"lr": schedule(before.config).lr(last, anchor)}
+    return anchor_of(stage.config.start, plan, decisions, step=stage.first_step, state=state)
