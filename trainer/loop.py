@@ -38,8 +38,8 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
             while session.step < config.train.steps:
                 _step(session, prefetcher, progress, sink)
                 last = session.step == config.train.steps
-                if evaluator.due(last=last):
-                    sink.evaluation(evaluator.run())
+                if extent := evaluator.due(last=last):
+                    sink.evaluation(evaluator.run(extent))
                 if last or session.step % config.checkpoint.every == 0:
                     _report_save(sink, session.saver.wait())
                     session.save()
