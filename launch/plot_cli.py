@@ -48,7 +48,7 @@ def schedule(
 ) -> None:
     """Draw the learning rate and the sources' shares over all stages, here and as a PNG.
 
-    Starts nothing, and reads no data.
+    Starts nothing, and reads no tokens.
     """
     from launch.plot_command import plot_schedule
 

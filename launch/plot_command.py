@@ -20,6 +20,9 @@ from trainer.config import (
     starting_checkpoint,
 )
 from trainer.config_problems import report
+from trainer.data.config import DataConfig
+from trainer.data.indexed import IndexedReader
+from trainer.data.weights import resolve_weights
 from trainer.schedule import Anchor
 from trainer.stages.anchoring import anchor_of
 
@@ -57,9 +60,20 @@ def _curve(name: str, config: RunConfig, anchor: Anchor, first_step: int) -> Sta
             f"{name}: the run starts at step {first_step} and train.steps is {config.train.steps}: raise "
             "train.steps to have something to draw"
         )
-    weights = {source.name: source.weight for source in config.data.sources}
     steps = range(first_step, config.train.steps)
-    return stage_curve(config.run.name, plan, anchor, steps=steps, weights=weights)
+    return stage_curve(config.run.name, plan, anchor, steps=steps, weights=asked_shares(config.data))
+
+
+def asked_shares(data: DataConfig) -> dict[str, float]:
+    """Share of each source when the run begins; a corpus is opened only where its size decides.
+
+    Raises:
+        ValueError: the mixture contradicts itself, or such a corpus cannot be read.
+    """
+    mixture = data.mixture
+    by_size = mixture.temperature or any(group.temperature for group in mixture.groups.values())
+    sizes = {source.name: IndexedReader(source.path).num_tokens if by_size else 1 for source in data.sources}
+    return resolve_weights(mixture, data.sources, sizes)
 
 
 def _beginning(config: RunConfig) -> tuple[int, Anchor]:

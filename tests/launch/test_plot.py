@@ -17,6 +17,7 @@ from launch.plot_command import run_curves
 from launch.plot_curves import Axis, StageCurve, main_sources, shares_by_name, stage_curve
 from launch.plot_picture import DPI, HEIGHT, WIDTH, write_picture
 from launch.plot_terminal import LABEL, learning_rate_lines, print_curves, share_lines
+from tests.data.corpora import write_tokens
 from tests.proof.runs import checkpoint, run, run_config, write_corpora
 from tests.ranks import run_ranks
 from tests.trainer.test_config import GOOD
@@ -209,6 +210,19 @@ def test_help_fits_eighty_columns(arguments: tuple[str, ...]) -> None:
     result = ratoon("plot", *arguments)
     assert result.exit_code == 0
     assert max(len(line) for line in result.output.splitlines()) <= 80
+
+
+def test_shares_follow_the_mixture(run_file: Path) -> None:
+    """A temperature of 2 makes nine times the tokens three times the share; groups keep theirs."""
+    for name, count in (("prose", 90), ("web", 10)):
+        write_tokens(Path(name), [[1] * count])
+    mixture = "data.mixture.temperature=2"
+    more = 'data.sources.1={name = "web", path = "web"}'
+    (found,) = run_curves(run_file, [more, mixture])
+    assert found.shares == pytest.approx({"prose": 0.75, "web": 0.25})
+    groups = ["data.mixture.groups={a = 0.4, b = 0.6}", "data.sources.0.group=a", "data.sources.1.group=b"]
+    (found,) = run_curves(run_file, [more, mixture, *groups])
+    assert found.shares == pytest.approx({"prose": 0.4, "web": 0.6})
 
 
 def test_the_picture_goes_where_it_is_asked_for(run_file: Path) -> None:
