@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,10 @@ from trainer.losses.auxiliary import AuxLosses, StepLosses
 from trainer.losses.opening import Origin, Setting, open_losses
 
 if TYPE_CHECKING:
+    from parallel.engine import Engine
     from trainer.config import RunConfig
     from trainer.hooks.hooks import Beginning, Hook, Hooks
+    from trainer.model.architecture import Architecture
 
 NAME = "losses"
 
@@ -25,19 +27,14 @@ class LossesHook:
 
     def begin(self, beginning: Beginning, state: Mapping[str, Any] | None) -> list[str]:
         """Load the references."""
-        config = beginning.config
-        setting = Setting(
-            engine=beginning.engine,
-            model=beginning.model,
-            execution=execution_here(
-                precision=config.train.precision, deterministic=config.run.deterministic
-            ),
-            sequence_length=config.data.sequence_length,
+        setting = setting_of(
+            beginning.config,
+            beginning.engine,
+            beginning.model,
             source_names=beginning.stream.source_names,
-            origin=_origin(beginning),
-            document_mask=config.data.document_mask,
+            lineage=beginning.start.lineage,
         )
-        self._losses = open_losses(config.losses, setting, state)
+        self._losses = open_losses(beginning.config.losses, setting, state)
         return self._losses.notes()
 
     def at(self, step: int) -> StepLosses | None:
@@ -60,10 +57,23 @@ def losses_at(hooks: Hooks, step: int) -> StepLosses | None:
     return hook.at(step) if isinstance(hook, LossesHook) else None
 
 
-def _origin(beginning: Beginning) -> Origin:
-    """What the stage started from; of a run that goes on from itself its lineage knows."""
-    config, start = beginning.config, beginning.start
-    path = beginning.origin
-    if start.resumed:
-        path = Path(start.lineage[-1]["path"]) if start.lineage else None
-    return Origin(path, config.run.seed, config.checkpoint.spec, config.checkpoint.facts)
+def setting_of(
+    config: RunConfig,
+    engine: Engine,
+    model: Architecture,
+    *,
+    source_names: Sequence[str],
+    lineage: Sequence[Mapping[str, Any]],
+) -> Setting:
+    """What the losses need to know of a run; the last checkpoint of its lineage is what it started from."""
+    origin = Path(lineage[-1]["path"]) if lineage else None
+    return Setting(
+        engine=engine,
+        model=model,
+        execution=execution_here(precision=config.train.precision, deterministic=config.run.deterministic),
+        sequence_length=config.data.sequence_length,
+        global_batch=config.train.global_batch,
+        source_names=source_names,
+        origin=Origin(origin, config.run.seed, config.checkpoint.spec, config.checkpoint.facts),
+        document_mask=config.data.document_mask,
+    )

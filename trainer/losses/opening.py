@@ -16,6 +16,7 @@ from parallel.initialise import normal_draw
 from parallel.mesh import Mesh
 from parallel.second_mesh import SecondMesh
 from trainer.losses.auxiliary import AuxLosses, Term, TokenLoss
+from trainer.losses.cache import CachedTargets, CacheHeader, header_problems
 from trainer.losses.config import START, AuxLossConfig
 from trainer.losses.elsewhere import OtherLayout
 from trainer.losses.kinds import KLLoss, Targets, ZLoss
@@ -49,6 +50,7 @@ class Setting:
     model: Architecture
     execution: Execution
     sequence_length: int
+    global_batch: int
     source_names: Sequence[str]
     origin: Origin
     document_mask: bool = True
@@ -86,6 +88,8 @@ def _targets(config: AuxLossConfig, setting: Setting, saved: Mapping[str, Any] |
         config.chosen(setting.source_names), config.temperature, config.top_k, setting.document_mask
     )
     mesh = setting.engine.mesh
+    if config.cache is not None:
+        return CachedTargets(config.cache, mesh, reading, _cached(config, config.cache, setting))
     if config.layout is None or config.layout == mesh.layout:
         model, identity = open_reference(config, setting, mesh, saved)
         return SameLayout(model, reading, identity)
@@ -93,6 +97,20 @@ def _targets(config: AuxLossConfig, setting: Setting, saved: Mapping[str, Any] |
     with second.active():
         model, identity = open_reference(config, setting, second.mesh, saved)
     return OtherLayout(mesh, second, model, reading, identity)
+
+
+def _cached(config: AuxLossConfig, folder: Path, setting: Setting) -> CacheHeader:
+    header = CacheHeader.load(folder)
+    expected = {
+        "temperature": config.temperature,
+        "vocab_size": setting.model.vocab_size,
+        "sequence_length": setting.sequence_length,
+        "global_batch": setting.global_batch,
+        "document_mask": setting.document_mask,
+    }
+    if problems := header_problems(header, expected):
+        raise ValueError(f"losses {config.label!r}: {folder}: {'; '.join(problems)}; make the targets anew")
+    return header
 
 
 def open_reference(

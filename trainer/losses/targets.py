@@ -77,6 +77,11 @@ class SameLayout:
             return spread(kept, logits, group, temperature=self.reading.temperature)
         return kept
 
+    def take(self) -> dict[int, TopK]:
+        """The answers of the last `prepare` by micro-batch, on the last stage; with a `top_k` only."""
+        kept, self._kept = self._kept, {}
+        return {number: answer for number, answer in kept.items() if isinstance(answer, TopK)}
+
     def state(self) -> dict[str, Any]:
         """Which reference it is."""
         return self.identity

@@ -14,7 +14,7 @@ from parallel.frozen import FrozenModel
 from parallel.layout import Layout
 from parallel.slices import TensorSlice
 from tests.proof.gather import copy_slices
-from tests.proof.worlds import SOURCES, World, batches, build
+from tests.proof.worlds import GLOBAL_BATCH, SOURCES, World, batches, build
 from tools.layouts import SEQUENCE, RandomBatch
 from trainer.build import execution_here
 from trainer.losses.auxiliary import AuxLosses
@@ -64,6 +64,7 @@ def setting(case: Case, engine: Engine) -> Setting:
         model=case.world.architecture,
         execution=execution_here(precision=case.world.precision),
         sequence_length=SEQUENCE,
+        global_batch=GLOBAL_BATCH,
         source_names=SOURCES,
         origin=Origin(None, case.seed),
     )
