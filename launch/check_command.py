@@ -18,9 +18,7 @@ from parallel.layout import Layout
 from trainer.config import (
     RunConfig,
     architecture,
-    check_config,
     config_toml,
-    load_config,
     open_start,
     resolve,
     resumes_itself,
@@ -32,6 +30,9 @@ from trainer.memory import Batch, estimate_memory
 from trainer.model.architecture import Architecture
 from trainer.model.parameters import count_parameters, parameters_per_rank
 from trainer.model.transformer import Execution
+from trainer.stages.check import check_stages
+from trainer.stages.load_stages import load_stages
+from trainer.stages.stage import Stage
 
 _LISTED_RANKS = 32
 """Worlds up to this size are shown rank by rank."""
@@ -44,23 +45,31 @@ def check(run_file: Path, overrides: list[str], *, ranks: int | None = None) -> 
         ValueError: with everything that is wrong with the run file.
     """
     environment = read_environment()
-    config = load_config(run_file, overrides)
-    world_size = choose_world_size(config, environment, ranks)
-    check_config(config, world_size, name=str(run_file))
-    config, model = resolve(config), architecture(config)
-    gpu = environment.gpus >= world_size or environment.cores < world_size  # meant for a larger machine
-    execution = planned_execution(config, gpu=gpu)
+    stages = load_stages(run_file, overrides)
+    worlds = [choose_world_size(stage.config, environment, ranks) for stage in stages]
+    check_stages(stages, worlds, name=str(run_file))
     console = Console(highlight=False)
+    for stage, world_size in zip(stages, worlds, strict=True):
+        if len(stages) > 1:
+            console.rule(Text(f"{stage.name}: steps {stage.first_step:,} to {stage.last_step:,}", "bold"))
+        gpu = environment.gpus >= world_size or environment.cores < world_size  # meant for a larger machine
+        _show(console, stage, world_size, gpu=gpu)
+    device = "with a GPU each" if gpu else "on the CPU"
+    console.print(Text(f"{run_file} can run on {count_of(max(worlds), 'rank')} {device}", "green"))
+
+
+def _show(console: Console, stage: Stage, world_size: int, *, gpu: bool) -> None:
+    config = resolve(stage.config)
+    model, execution = architecture(config), planned_execution(config, gpu=gpu)
     console.print(Text(config_toml(config).strip()), soft_wrap=True)
     console.print()
     console.print(Text(f"layout: {config.parallel.describe(world_size)}", "bold"))
     console.print(layout_table(config.parallel, world_size))
     console.print(stage_table(config, model, execution, world_size=world_size))
-    console.print(totals_table(config, model, world_size))
+    origin = f"{config.checkpoint.load}, which is still to be made" if stage.waits else _start(config)
+    console.print(totals_table(config, model, world_size, origin))
     for line in notes(config):
         console.print(Text("note: ", style="yellow") + Text(line, style="default"))
-    device = "with a GPU each" if gpu else "on the CPU"
-    console.print(Text(f"{run_file} can run on {count_of(world_size, 'rank')} {device}", "green"))
 
 
 def planned_execution(config: RunConfig, *, gpu: bool) -> Execution:
@@ -159,15 +168,17 @@ def _table(title: str, *, header: bool = True) -> Table:
     )
 
 
-def totals_table(config: RunConfig, model: Architecture, world_size: int) -> Table:
-    """What the whole run comes to."""
+def totals_table(config: RunConfig, model: Architecture, world_size: int, origin: str) -> Table:
+    """What the whole run comes to; `origin` is what it starts from."""
     table = _table("the run", header=False)
-    for row in _totals(config, model, world_size):
+    for row in _totals(config, model, world_size, origin):
         table.add_row(*row)
     return table
 
 
-def _totals(config: RunConfig, model: Architecture, world_size: int) -> Iterator[tuple[str, str]]:
+def _totals(
+    config: RunConfig, model: Architecture, world_size: int, origin: str
+) -> Iterator[tuple[str, str]]:
     parameters = count_parameters(model)
     active = f", {count(parameters.active)} active per token" if model.num_experts else ""
     yield (
@@ -187,7 +198,7 @@ def _totals(config: RunConfig, model: Architecture, world_size: int) -> Iterator
     flops = training_flops(model, config.data.sequence_length, config.train.global_batch)
     yield "FLOPs a step", f"{flops.causal:.3g} causal, {flops.full:.3g} with full attention"
     yield "FLOPs in all", f"{flops.causal * config.train.steps:.3g} causal"
-    yield "starts from", _start(config)
+    yield "starts from", origin
     yield "run folder", str(config.run.folder)
 
 

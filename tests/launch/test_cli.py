@@ -124,7 +124,7 @@ def test_a_layout_that_does_not_fit_starts_nothing(run_file: Path, command: str)
 def test_a_value_error_from_a_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
-    monkeypatch.setattr("launch.check_command.load_config", lambda *_: json.loads("no json"))
+    monkeypatch.setattr("launch.check_command.load_stages", lambda *_: json.loads("no json"))
     result = ratoon("check", "run.toml")
     assert isinstance(result.exception, json.JSONDecodeError)
 
