@@ -26,7 +26,7 @@ class LossesHook:
         self._losses = AuxLosses()
 
     def begin(self, beginning: Beginning, state: Mapping[str, Any] | None) -> list[str]:
-        """Load the references."""
+        """Load the references; a new stage has its own start, whatever the stage before it had."""
         setting = setting_of(
             beginning.config,
             beginning.engine,
@@ -34,7 +34,8 @@ class LossesHook:
             source_names=beginning.stream.source_names,
             lineage=beginning.start.lineage,
         )
-        self._losses = open_losses(beginning.config.losses, setting, state)
+        saved = None if beginning.new_stage else state
+        self._losses = open_losses(beginning.config.losses, setting, saved)
         return self._losses.notes()
 
     def at(self, step: int) -> StepLosses | None:

@@ -138,6 +138,7 @@ def open_reference(
         )
     except ValueError as error:
         raise ValueError(f"{name}: the reference cannot be opened: {error}") from error
+    opened = opened.weights_alone()
     identity = {"path": str(opened.folder), "digest": opened.digest}
     if saved is not None and saved.get("digest") != opened.digest:
         raise ValueError(

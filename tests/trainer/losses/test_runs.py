@@ -106,6 +106,26 @@ def test_a_run_from_nothing_has_its_initial_weights_as_reference(folder: Path) -
     assert auxiliary(run_ranks(run, 1, again)[0])[4] == whole[4]
 
 
+def test_the_next_stage_has_a_start_of_its_own(
+    whole: tuple[RunConfig, Records], base: RunConfig, folder: Path
+) -> None:
+    config = continued(whole[0], folder, "next", train__steps=2)
+    records = run_ranks(run, 1, config)[0]
+    assert auxiliary(records)[1]["kl"] == 0.0
+    assert any("kl" in note and str(whole[0].run.folder) in note for note in records.info.notes)
+
+
+@pytest.mark.parametrize("before", ["fp32", "bf16"])
+def test_the_divergence_begins_at_zero_in_bf16(folder: Path, before: str) -> None:
+    """The reference's weights are rounded from the same numbers as the model's."""
+    first = run_config(folder, run__name=f"before-{before}", train__steps=2, train__precision=before)
+    run_ranks(run, 1, first)
+    config = continued(first, folder, f"after-{before}", Layout(tensor=2), train__precision="bf16")
+    found = auxiliary(run_ranks(run, 2, config)[0])
+    assert found[1]["kl"] == 0.0
+    assert found[3]["kl"] > 0.0
+
+
 def test_another_reference_in_the_middle_of_a_run_is_refused(
     whole: tuple[RunConfig, Records], base: RunConfig, folder: Path
 ) -> None:
