@@ -85,6 +85,7 @@ def test_a_run_leaves_a_whole_folder_and_goes_on_from_it(
     assert sorted(path.name for path in FOLDER.iterdir()) == [
         "checkpoints",
         "config.toml",
+        "history.jsonl",
         "logs",
         "metrics.jsonl",
         "tensorboard",
