@@ -7,6 +7,7 @@ number of document borders u64; then the tokens of each sequence (int32), the by
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,14 +54,12 @@ class IndexedReader:
                 f"{index}: {index.stat().st_size} bytes, its header promises {expected}; the file was cut "
                 "short, copy or prepare it again"
             )
-        offset = HEADER.size
-        self._lengths = _map(index, np.int32, sequences, offset)
-        self._pointers = _map(index, np.int64, sequences, offset + 4 * sequences)
-        self._borders = _map(index, np.int64, borders, offset + 12 * sequences)
+        self._pages, self._lengths, self._pointers, self._borders = _map_index(index, sequences, borders)
         self.num_tokens = self._check_tokens()
         self.num_documents = max(0, borders - 1)
         self._one_each = borders == sequences + 1
         self._check_borders()
+        self._let_go()
         self.tokens: NDArray[Any] = _map(Path(self.prefix + ".bin"), self.dtype, self.num_tokens, 0)
 
     def _check_tokens(self) -> int:
@@ -96,9 +95,20 @@ class IndexedReader:
     def spans(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """First token and number of tokens of each of these documents, both int64 [documents]."""
         if self._one_each:
-            return self._pointers[documents] // self.dtype.itemsize, self._lengths[documents].astype(np.int64)
-        begin = self._first_token(self._borders[documents])
-        return begin, self._first_token(self._borders[documents + 1]) - begin
+            begin = self._pointers[documents] // self.dtype.itemsize
+            lengths = self._lengths[documents].astype(np.int64)
+        else:
+            begin = self._first_token(self._borders[documents])
+            lengths = self._first_token(self._borders[documents + 1]) - begin
+        self._let_go()
+        return begin, lengths
+
+    def _let_go(self) -> None:
+        """Unmap the pages looked at: documents in random order would come to map all of a large index.
+
+        They stay in the kernel's cache, but those of hundreds of sources count as gigabytes of this process.
+        """
+        self._pages.madvise(mmap.MADV_DONTNEED)
 
     def _first_token(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         if not len(self._pointers):
@@ -150,3 +160,16 @@ def _map(path: Path, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
     if count == 0:
         return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+
+
+def _map_index(
+    path: Path, sequences: int, borders: int
+) -> tuple[mmap.mmap, NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The mapped file, and the lengths, pointers and borders in it."""
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    at, arrays = HEADER.size, []
+    for dtype, count in ((np.int32, sequences), (np.int64, sequences), (np.int64, borders)):
+        arrays.append(np.frombuffer(pages, dtype, count, at) if count else np.empty(0, dtype))
+        at += count * np.dtype(dtype).itemsize
+    return pages, arrays[0], arrays[1], arrays[2]

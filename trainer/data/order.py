@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isqrt
 
@@ -50,6 +51,37 @@ class SourceOrder:
         self._name = name
         self._epochs: dict[int, _Epoch] = {}
 
+    def go_on(self, tokens: int, passed: tuple[int, int]) -> None:
+        """Spare the walk from the epoch's beginning to this token: `passed` is what `passed` returned."""
+        number, place = divmod(tokens, self.corpus.num_tokens)
+        documents, begin = passed
+        if documents % BLOCK == 0 and documents < len(self.corpus) and begin <= place:
+            key = _key(self._seed, self._name, number)
+            self._epochs[number] = _Epoch(self.corpus, key, documents // BLOCK, begin)
+
+    def passed(self, tokens: int) -> tuple[int, int] | None:
+        """Documents of the epoch that end well before this token of the stream, and their tokens.
+
+        None where it has not been near.
+        """
+        number, place = divmod(tokens, self.corpus.num_tokens)
+        return self._epochs[number].passed(place) if number in self._epochs else None
+
+    def documents_read(self, tokens: int, *, times: int = 1) -> NDArray[np.int64]:
+        """Documents read to their end at least so many times by whoever has read the first `tokens` tokens.
+
+        Returns:
+            Their numbers in the file, int64 [documents], in rising order. Documents without tokens never
+            are among them.
+        """
+        epochs, place = divmod(tokens, self.corpus.num_tokens)
+        if times > epochs + 1:
+            return np.empty(0, dtype=np.int64)
+        whole = times <= epochs
+        key = None if whole else _key(self._seed, self._name, epochs)
+        limit = self.corpus.num_tokens if whole else place
+        return np.sort(np.concatenate(list(_read_to_end(self.corpus, key, limit))))
+
     def spans(self, first: int, count: int) -> Spans:
         """The runs that make up tokens first, ..., first + count - 1 of the stream."""
         pieces: list[Spans] = []
@@ -75,19 +107,27 @@ def file_spans(corpus: IndexedReader) -> Spans:
 class _Epoch:
     """One pass over the documents; finds the documents at a token without having listed them all."""
 
-    def __init__(self, corpus: IndexedReader, key: int | None) -> None:
+    def __init__(self, corpus: IndexedReader, key: int | None, block: int = 0, begin: int = 0) -> None:
+        """`block` is the first block whose first token is known: `begin`."""
         self._corpus = corpus
         self._key = key
-        self._starts = array("q", [0])  # first token of each block so far, and of the next one
+        self._base = block
+        self._starts = array("q", [begin])  # first token of each block from base on, and of the next one
         self._last: tuple[int, Spans] | None = None
 
+    def passed(self, token: int) -> tuple[int, int] | None:
+        place = bisect_right(self._starts, token) - 1
+        return None if place < 0 else ((self._base + place) * BLOCK, self._starts[place])
+
     def spans(self, first: int, count: int) -> list[Spans]:
+        if first < self._starts[0]:
+            self._base, self._starts = 0, array("q", [0])
         while self._starts[-1] <= first:
             self._pass_over(first - self._starts[-1])
-        block = bisect_right(self._starts, first) - 1
+        block = self._base + bisect_right(self._starts, first) - 1
         pieces: list[Spans] = []
         while count > 0:
-            piece = cut(self._block(block), first - self._starts[block], count)
+            piece = cut(self._block(block), first - self._starts[block - self._base], count)
             taken = int(piece.lengths.sum())
             pieces.append(piece)
             first, count, block = first + taken, count - taken, block + 1
@@ -97,7 +137,7 @@ class _Epoch:
         """Note where the next blocks begin: about as many as `tokens` take, at least one."""
         mean = self._corpus.num_tokens / len(self._corpus)
         blocks = min(BLOCKS_AHEAD, 1 + int(tokens / mean / BLOCK))
-        block = len(self._starts) - 1
+        block = self._base + len(self._starts) - 1
         _, lengths = self._corpus.spans(self._documents(block, block + blocks))
         sums = np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK))
         self._starts.extend((self._starts[-1] + np.cumsum(sums)).tolist())
@@ -118,9 +158,24 @@ class _Epoch:
             begins, lengths = self._corpus.spans(documents)
             kept = lengths > 0
             self._last = (block, Spans(documents[kept], begins[kept], lengths[kept]))
-            if block == len(self._starts) - 1:
-                self._starts.append(self._starts[block] + int(lengths.sum()))
+            if block == self._base + len(self._starts) - 1:
+                self._starts.append(self._starts[-1] + int(lengths.sum()))
         return self._last[1]
+
+
+def _read_to_end(corpus: IndexedReader, key: int | None, tokens: int) -> Iterator[NDArray[np.int64]]:
+    """The documents that lie within the first `tokens` tokens of an epoch, many at a time."""
+    at, step = 0, BLOCK * BLOCKS_AHEAD
+    yield np.empty(0, dtype=np.int64)
+    for first in range(0, len(corpus), step):
+        documents = np.arange(first, min(first + step, len(corpus)), dtype=np.int64)
+        documents = documents if key is None else permute(documents, len(corpus), key)
+        _, lengths = corpus.spans(documents)
+        ends = at + np.cumsum(lengths)
+        yield documents[(ends <= tokens) & (lengths > 0)]
+        at = int(ends[-1])
+        if at >= tokens:
+            return
 
 
 def permute(indices: NDArray[np.int64], count: int, key: int) -> NDArray[np.int64]:

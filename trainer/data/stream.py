@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,13 +186,27 @@ class TokenStream(Batches):
         )
         if state is not None:
             self._position = self._position.resume(state)
+        self._go_on(state["sources"] if state is not None else [])
         groups = {source.name: source.group for source in config.sources}
         self._dealer = Dealer(self._position.terms, self._position.start, groups)
+
+    def _go_on(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Let each source find its place at once where it goes on from what the state says."""
+        passed = {one["name"]: (one["tokens"], one["epoch_tokens"], one.get("passed")) for one in saved}
+        start = self._position.start
+        for name, order, read in zip(self.source_names, self._orders, start.read, strict=True):
+            tokens, size, place = passed.get(name, (0, 0, None))
+            if place is not None and (tokens, size) == (read, order.corpus.num_tokens):
+                order.go_on(read, (place[0], place[1]))
 
     def state(self, step: int) -> dict[str, Any]:
         """The data position before `step`: JSON, independent of the layout."""
         with self._lock:
-            return self._position.state(self._dealer.at(step))
+            cursor = self._dealer.at(step)
+            state = self._position.state(cursor)
+            for entry, order, read in zip(state["sources"], self._orders, cursor.read, strict=False):
+                entry["passed"] = order.passed(read)  # or a resume would walk there from the epoch's begin
+            return state
 
     @property
     def weights(self) -> dict[str, float]:
