@@ -12,7 +12,6 @@ from launch.plot_picture import write_picture
 from launch.plot_terminal import print_curves
 from trainer.config import (
     RunConfig,
-    load_config,
     open_start,
     resumes_itself,
     schedule,
@@ -25,6 +24,8 @@ from trainer.data.indexed import IndexedReader
 from trainer.data.weights import resolve_weights
 from trainer.schedule import Anchor
 from trainer.stages.anchoring import anchor_of
+from trainer.stages.load_stages import load_stages, planned_anchor
+from trainer.stages.stage import Stage
 
 
 def plot_schedule(run_file: Path, overrides: list[str], *, out: Path | None = None) -> None:
@@ -45,27 +46,35 @@ def plot_schedule(run_file: Path, overrides: list[str], *, out: Path | None = No
 
 
 def run_curves(run_file: Path, overrides: list[str]) -> list[StageCurve]:
-    """The curves of all stages."""
-    config = load_config(run_file, overrides)
-    first_step, anchor = _beginning(config)
-    return [_curve(str(run_file), config, anchor, first_step)]
+    """The curves of all stages, in the order they run.
+
+    Raises:
+        ValueError: with everything that is wrong with a stage's schedule.
+    """
+    stages = load_stages(run_file, overrides)
+    return [_curve(run_file, stage, stages) for stage in stages]
 
 
-def _curve(name: str, config: RunConfig, anchor: Anchor, first_step: int) -> StageCurve:
-    plan = schedule(config)
+def _curve(run_file: Path, stage: Stage, stages: list[Stage]) -> StageCurve:
+    config, plan = stage.config, schedule(stage.config)
+    where = f"{run_file}, stage {stage.name}" if len(stages) > 1 else str(run_file)
+    if stage.origin is None:
+        first_step, anchor = _from_checkpoint(config)
+    else:
+        first_step, anchor = stage.first_step, planned_anchor(stage, stages)
     if problems := plan.problems(anchor):
-        raise ValueError(report(name, problems))
-    if first_step >= config.train.steps:
+        raise ValueError(report(where, problems))
+    steps = range(first_step, config.train.steps)
+    if not steps:
         raise ValueError(
-            f"{name}: the run starts at step {first_step} and train.steps is {config.train.steps}: raise "
+            f"{where}: the run starts at step {first_step} and train.steps is {config.train.steps}: raise "
             "train.steps to have something to draw"
         )
-    steps = range(first_step, config.train.steps)
-    return stage_curve(config.run.name, plan, anchor, steps=steps, weights=asked_shares(config.data))
+    return stage_curve(stage.name, plan, anchor, steps=steps, weights=asked_shares(config.data))
 
 
 def asked_shares(data: DataConfig) -> dict[str, float]:
-    """Share of each source when the run begins; a corpus is opened only where its size decides.
+    """Share of each source when the stage begins; a corpus is opened only where its size decides.
 
     Raises:
         ValueError: the mixture contradicts itself, or such a corpus cannot be read.
@@ -76,8 +85,8 @@ def asked_shares(data: DataConfig) -> dict[str, float]:
     return resolve_weights(mixture, data.sources, sizes)
 
 
-def _beginning(config: RunConfig) -> tuple[int, Anchor]:
-    """The run's first step, and the anchor of its schedule, from the checkpoint that it starts from."""
+def _from_checkpoint(config: RunConfig) -> tuple[int, Anchor]:
+    """First step and anchor of what starts from another run's checkpoint, from its own, or from nothing."""
     path = starting_checkpoint(config)
     if path is None:
         return 0, schedule(config).begin()

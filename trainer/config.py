@@ -142,6 +142,11 @@ def start_decisions(config: RunConfig, opened: "Opened", *, same_run: bool) -> d
     state = opened.manifest.state
     origin = str(state.get("format", ""))  # of what was converted from such a folder too
     held = Held.of(opened.format, states, state, weights_format=origin.startswith(HUGGING_FACE))
+    return decide_start(config, held)
+
+
+def decide_start(config: RunConfig, held: Held) -> dict[str, Decision]:
+    """What the run keeps of another run's checkpoint that holds this. Raises ValueError as `decide` does."""
     decisions = decide(config.start, held)
     if config.schedule.kind == "anneal":
         decisions["schedule"] = Decision("anchor", "an anneal begins where it branches off")

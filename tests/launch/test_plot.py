@@ -296,3 +296,83 @@ def test_a_run_without_a_step_left_is_refused(trunk: RunConfig, tmp_path: Path) 
     short = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
     with pytest.raises(ValueError, match=r"starts at step 4 and train.steps is 4: raise"):
         drawn(short, tmp_path)
+
+
+STAGES = """
+[[data.sources]]
+name = "code"
+path = "code"
+weight = 0.25
+
+[optimizer]
+lr = 2e-3
+min_lr = 1e-5
+
+[schedule]
+kind = "infinite"
+warmup_steps = 5
+cooldown_steps = 15
+constant_lr = 8e-4
+
+[[stage]]
+name = "prose"
+steps = 50
+
+[[stage]]
+name = "code"
+steps = 30
+mixture = {weights = {code = 3}}
+
+[[stage]]
+name = "short"
+steps = 11
+start = {from = "prose"}
+schedule = {kind = "anneal", decay_style = "linear"}
+
+[[stage]]
+name = "long"
+steps = 21
+start = {from = "prose"}
+schedule = {kind = "anneal", decay_style = "linear"}
+"""
+
+
+@pytest.fixture
+def staged(run_file: Path) -> Path:
+    """A plateau over two mixtures, and two budgets that branch off the end of the first."""
+    text = GOOD.format(path="prose").replace("steps = 20\n", "")
+    run_file.write_text(text + STAGES)
+    return run_file
+
+
+def test_every_stage_is_drawn(staged: Path) -> None:
+    found = run_curves(staged, [])
+    assert [(one.name, one.first_step, one.steps) for one in found] == [
+        ("prose", 0, 50),
+        ("code", 50, 30),
+        ("short", 50, 11),
+        ("long", 50, 21),
+    ]
+    assert [one.shares["prose"] for one in found] == [0.8, 0.25, 0.8, 0.8]
+    assert list(found[1].phases) == ["stable"]
+
+
+def test_branches_of_a_trunk_begin_at_its_learning_rate(staged: Path) -> None:
+    for stage in run_curves(staged, [])[2:]:
+        rates = [rate for _, rate in stage.points]
+        assert (rates[0], rates[-1]) == pytest.approx((CONSTANT, FLOOR), rel=1e-12)
+
+
+def test_the_peaks_of_stages_follow_their_envelope(run_file: Path) -> None:
+    stages = "".join(f'[[stage]]\nname = "s{n}"\nsteps = 20\n' for n in range(3))
+    policy = '[start]\npolicy = "rewarm"\n[schedule]\nkind = "cosine"\nwarmup_steps = 2\n'
+    envelope = '[schedule.envelope]\nkind = "exponential"\nfactor = 0.5\n'
+    text = GOOD.format(path="prose").replace("steps = 20\n", "")
+    run_file.write_text(f"{text}[optimizer]\nlr = 4e-3\n{policy}{envelope}{stages}")
+    assert [one.peak for one in run_curves(run_file, [])] == pytest.approx([4e-3, 2e-3, 1e-3], rel=1e-12)
+
+
+def test_the_stage_with_a_contradiction_is_named(staged: Path) -> None:
+    staged.write_text(staged.read_text() + "\n[stage.optimizer]\nmin_lr = 1e-3\n")
+    with pytest.raises(ValueError, match=r"stage long: 1 problem\n.*from a checkpoint of a stable phase"):
+        run_curves(staged, [])

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.opening import open_checkpoint
-from trainer.config import RunConfig, parse_config, schedule, start_decisions
+from trainer.config import RunConfig, decide_start, parse_config, schedule, start_decisions
 from trainer.config_problems import report
 from trainer.run_file import RunFile, apply_overrides, read_run_file
 from trainer.schedule import Anchor
 from trainer.stages.anchoring import anchor_of
-from trainer.stages.decisions import Held, decide
+from trainer.stages.decisions import Held
 from trainer.stages.expand import stage_files
 from trainer.stages.stage import Origin, Stage
 
@@ -47,7 +47,13 @@ def _stage(own: dict[str, Any], file: RunFile, before: Sequence[Stage]) -> Stage
         file.values.setdefault("checkpoint", {})["load"] = str(origin.path(checkpoints))
     config = parse_config(file)
     run_folder = config.run.folder
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_folder / name})})
+    envelope = config.schedule.envelope.model_copy(update={"stage": len(before)})
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": run_folder / name}),
+            "schedule": config.schedule.model_copy(update={"envelope": envelope}),
+        }
+    )
     first = _first_step(config, origin, before)
     length = _length(own, config, first, origin, before)
     train = config.train.model_copy(update={"steps": first + length})
@@ -82,7 +88,7 @@ def _named(stages: Sequence[Stage], name: str) -> Stage:
 def _first_step(config: RunConfig, origin: Origin | None, before: Sequence[Stage]) -> int:
     if origin is not None:
         last = _named(before, origin.stage).last_step
-        kept = decide(config.start, OURS)["step"].verdict == "keep"
+        kept = decide_start(config, OURS)["step"].verdict == "keep"
         return (origin.step if origin.step is not None else last) if kept else 0
     if config.checkpoint.load is None:
         return 0
@@ -126,7 +132,7 @@ def _steps_until(
     state: dict[str, Any] = {}
     if origin is not None:  # a kept schedule began where the stage before began its own
         state["schedule"] = {"anchor": planned_anchor(_named(before, origin.stage), before).to_json()}
-    anchor = anchor_of(config.start, plan, decide(config.start, OURS), step=first, state=state)
+    anchor = anchor_of(config.start, plan, decide_start(config, OURS), step=first, state=state)
     step = plan.first_step_below(lr, anchor)
     if step is None or step <= first:
         raise ValueError(
@@ -142,7 +148,7 @@ def planned_anchor(stage: Stage, stages: Sequence[Stage]) -> Anchor:
     if stage.origin is None:
         return plan.begin(stage.first_step)
     state: dict[str, Any] = {}
-    decisions = decide(stage.config.start, OURS)
+    decisions = decide_start(stage.config, OURS)
     before = _named(stages, stage.origin.stage)
     anchor = planned_anchor(before, stages)
     state["schedule"] = {"anchor": anchor.to_json()}

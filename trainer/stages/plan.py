@@ -11,6 +11,7 @@ from parallel.layout import Layout
 from trainer.config import (
     RunConfig,
     architecture,
+    decide_start,
     open_start,
     schedule,
     start_decisions,
@@ -18,7 +19,7 @@ from trainer.config import (
 )
 from trainer.schedule import Anchor, Schedule, ScheduleConfig
 from trainer.stages.anchoring import anchor_of
-from trainer.stages.decisions import Decision, decide
+from trainer.stages.decisions import Decision
 from trainer.stages.load_stages import OURS, planned_anchor
 from trainer.stages.stage import Stage
 
@@ -80,7 +81,7 @@ def takeover(stage: Stage, stages: Sequence[Stage]) -> Takeover:
         state = {"step": opened.manifest.step, **opened.manifest.state}
     try:
         decisions = (
-            decide(config.start, OURS) if stage.waits else start_decisions(config, opened, same_run=same_run)
+            decide_start(config, OURS) if stage.waits else start_decisions(config, opened, same_run=same_run)
         )
     except ValueError as error:
         return Takeover(stage.name, origin, (), tuple(str(error).splitlines()))
