@@ -55,10 +55,20 @@ def _stage(own: dict[str, Any], file: RunFile, before: Sequence[Stage]) -> Stage
         }
     )
     first = _first_step(config, origin, before)
+    config = _numbered(config, len(before))
     length = _length(own, config, first, origin, before)
     train = config.train.model_copy(update={"steps": first + length})
     config = config.model_copy(update={"train": train})
     return Stage(name, len(before), config, first, run_folder, origin)
+
+
+def _numbered(config: RunConfig, number: int) -> RunConfig:
+    """The envelope of the schedule's peaks knows which stage this is, unless the run file says so."""
+    envelope = config.schedule.envelope
+    if "stage" in envelope.model_fields_set:
+        return config
+    envelope = envelope.model_copy(update={"stage": number})
+    return config.model_copy(update={"schedule": config.schedule.model_copy(update={"envelope": envelope})})
 
 
 def _place(file: RunFile, before: Sequence[Stage]) -> Origin | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpora import ragged, write_tokens
+from trainer.config import schedule
 from trainer.stages.check import check_stages
 from trainer.stages.load_stages import load_stages, planned_anchor
 from trainer.stages.plan import takeover
@@ -168,3 +169,10 @@ def test_the_line_of_a_stages_key_is_given(folder: Path) -> None:
     text = FIRST.replace("schedule = {", "train = { micro_batch = 0 }\nschedule = {")
     line = (BASE + text).splitlines().index("train = { micro_batch = 0 }") + 1
     assert f"line {line}: " in problems(folder, text)
+
+
+def test_the_envelope_of_peaks_counts_the_stages(folder: Path) -> None:
+    falling = 'envelope = { kind = "exponential", factor = 0.5 }, warmup_steps'
+    found = stages(folder, FIRST.replace("warmup_steps", falling), SECOND.replace("warmup_steps", falling))
+    peaks = [schedule(stage.config).lr(stage.first_step + 2, planned_anchor(stage, found)) for stage in found]
+    assert peaks == pytest.approx([1e-3, 5e-4])
