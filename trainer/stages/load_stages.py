@@ -47,13 +47,7 @@ def _stage(own: dict[str, Any], file: RunFile, before: Sequence[Stage]) -> Stage
         file.values.setdefault("checkpoint", {})["load"] = str(origin.path(checkpoints))
     config = parse_config(file)
     run_folder = config.run.folder
-    envelope = config.schedule.envelope.model_copy(update={"stage": len(before)})
-    config = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"dir": run_folder / name}),
-            "schedule": config.schedule.model_copy(update={"envelope": envelope}),
-        }
-    )
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_folder / name})})
     first = _first_step(config, origin, before)
     config = _numbered(config, len(before))
     length = _length(own, config, first, origin, before)
