@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch import checkpoint_cli, data_cli, plot_cli
+from launch import checkpoint_cli, data_cli, plot_cli, report_cli
 from launch.errors import ReportingGroup
 
 app = typer.Typer(
@@ -65,6 +65,7 @@ def ratoon(
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(plot_cli.app, name="plot")
+app.add_typer(report_cli.app, name="report")
 
 
 @app.command()

@@ -74,7 +74,9 @@ def read_evaluations(path: Path) -> list[EvaluationRecord]:
     """
     known = {one.name for one in fields(EvaluationRecord)}
     found = []
-    for line in read_lines(path, "evaluation"):
+    for line in read_lines(path):
+        if line["kind"] != "evaluation":
+            continue
         try:
             content = {key: _numbers(value) for key, value in line.items() if key in known}
             found.append(EvaluationRecord(**content))
@@ -83,8 +85,21 @@ def read_evaluations(path: Path) -> list[EvaluationRecord]:
     return found
 
 
-def read_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """The lines of one kind in a `metrics.jsonl`, as they stand there; torn ones are left out.
+def read_steps(path: Path) -> tuple[int, float, int]:
+    """Steps done at the first start in a `metrics.jsonl`, when that was (Unix seconds), and steps done last.
+
+    Raises:
+        ValueError: there is no such file, or it has no start.
+    """
+    lines = list(read_lines(path))
+    starts = [line for line in lines if line["kind"] == "start"]
+    if not starts:
+        raise ValueError(f'{path} has no line of kind "start"; expected the records of a run')
+    return starts[0]["step"], starts[0]["time"], max(line["step"] for line in lines)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, as they stand there; torn ones are left out.
 
     Raises:
         ValueError: there is no such file.
@@ -96,7 +111,7 @@ def read_lines(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue  # a run that was killed, or that is writing at this moment
-        if isinstance(line, dict) and line.get("kind") == kind:
+        if isinstance(line, dict) and {"kind", "step"} <= line.keys():
             yield line
 
 
