@@ -16,6 +16,9 @@ class CheckpointConfig(Settings):
     keep_every: int | None = Field(
         default=None, ge=1, description="Checkpoints of steps divisible by this stay for ever."
     )
+    at: tuple[int, ...] = Field(
+        default=(), description="Steps at which a checkpoint is saved that stays for ever."
+    )
     background: bool = Field(default=True, description="Write in a thread while training goes on.")
     load: Path | None = Field(
         default=None,

@@ -19,7 +19,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,14 +200,18 @@ def writing(path: Path) -> Iterator[None]:
         yield
 
 
-def retire(folder: Path, run: str, *, keep_last: int, keep_every: int | None) -> None:
-    """Remove a run's complete checkpoints, save its last `keep_last` and those of every `keep_every`-th step.
+def retire(
+    folder: Path, run: str, *, keep_last: int, keep_every: int | None, keep_steps: Collection[int] = ()
+) -> None:
+    """Remove a run's complete checkpoints, save its last `keep_last`, those of every `keep_every`-th step and
+    those of `keep_steps`.
 
     Those of other runs stay, and so do those that somebody has given a name of his own.
     """
     own = [old for old in list_complete(folder) if old.run == run and _is_named_by_us(old)]
     for old in own[:-keep_last]:
-        if keep_every is not None and old.step % keep_every == 0 and old.path.name == step_name(old.step):
+        stays = old.step in keep_steps or (keep_every is not None and old.step % keep_every == 0)
+        if stays and old.path.name == step_name(old.step):
             continue
         remove(old.path)
 

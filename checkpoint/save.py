@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Saver:
         world_size: int = 1,
         keep_last: int = 2,
         keep_every: int | None = None,
+        keep_steps: Collection[int] = (),
         background: bool = True,
         run_id: str | None = None,
     ) -> None:
@@ -71,6 +72,7 @@ class Saver:
             folder: made when the first checkpoint is saved.
             keep_last: so many checkpoints of this run stay, the last saved.
             keep_every: checkpoints of steps divisible by this stay for ever.
+            keep_steps: checkpoints of these steps stay for ever, too.
             background: write in a thread; False writes inside `save`.
             run_id: of the run that goes on, as `LoadedState.run_id` says; None begins one. Checkpoints of
                 other runs in the folder are never removed.
@@ -82,6 +84,7 @@ class Saver:
         self.world_size = world_size
         self._keep_last = keep_last
         self._keep_every = keep_every
+        self._keep_steps = frozenset(keep_steps)
         self._background = background
         session = secrets.token_hex(4)
         if world_size > 1:
@@ -229,7 +232,13 @@ class Saver:
             _log.info("%s holds checkpoints of other runs, which stay: %s", self.folder, ", ".join(foreign))
 
     def _retire(self, folder: Path) -> None:
-        on_disk.retire(folder, self._run_id, keep_last=self._keep_last, keep_every=self._keep_every)
+        on_disk.retire(
+            folder,
+            self._run_id,
+            keep_last=self._keep_last,
+            keep_every=self._keep_every,
+            keep_steps=self._keep_steps,
+        )
 
     def _merged(self, job: _Job) -> bytes:
         """The manifest of the whole from every rank's; refused when a tensor is not covered exactly once."""

@@ -40,7 +40,7 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
                 last = session.step == config.train.steps
                 if extent := evaluator.due(last=last):
                     sink.evaluation(evaluator.run(extent))
-                if last or session.step % config.checkpoint.every == 0:
+                if last or _saves_at(config, session.step):
                     _report_save(sink, session.saver.wait())
                     session.save()
         _report_save(sink, session.saver.close())
@@ -48,6 +48,10 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
         with contextlib.suppress(SaveError):  # a save under way is worth finishing, whatever else went wrong
             session.saver.close()
         sink.close()
+
+
+def _saves_at(config: RunConfig, step: int) -> bool:
+    return step % config.checkpoint.every == 0 or step in config.checkpoint.at
 
 
 def _step(

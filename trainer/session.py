@@ -90,6 +90,7 @@ class Session:
             "scalars": {"updates": self.engine.updates, "lr": self.lr},
             "schedule": {
                 "anchor": self.anchor.to_json(),
+                "phase": self.schedule.phase(max(0, self.step - 1), self.anchor),
                 "form": self.config.schedule.model_dump(mode="json"),
             },
             "data": self.stream.state(self.step),
@@ -192,6 +193,7 @@ def _open_saver(config: RunConfig, mesh: Mesh, *, run_id: str | None) -> Saver:
         world_size=mesh.world_size,
         keep_last=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
+        keep_steps=config.checkpoint.at,
         background=config.checkpoint.background,
         run_id=run_id,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.config import RunConfig, validate
+from trainer.config import RunConfig, schedule, validate
 from trainer.config_problems import report
+from trainer.schedule import ScheduleConfig
+from trainer.stages.load_stages import planned_anchor
 from trainer.stages.plan import takeover
 from trainer.stages.stage import Stage
 
@@ -25,11 +27,15 @@ def check_stages(stages: Sequence[Stage], world_sizes: Sequence[int], *, name: s
 
 def stage_problems(stage: Stage, stages: Sequence[Stage], world_size: int) -> list[str]:
     """Everything that is wrong with one stage, a sentence each."""
-    found = validate(_without_start(stage.config) if stage.waits else stage.config, world_size)
+    if not stage.waits:
+        found = validate(stage.config, world_size)
+    else:
+        found = validate(_without_start(stage.config), world_size)
+        found += schedule(stage.config).problems(planned_anchor(stage, stages))
     return found or list(takeover(stage, stages).problems)
 
 
 def _without_start(config: RunConfig) -> RunConfig:
-    """The stage as if it began from nothing: its checkpoint is still to be made."""
+    """The stage as if it began from nothing, its schedule left out: its checkpoint is still to be made."""
     checkpoint = config.checkpoint.model_copy(update={"load": None})
-    return config.model_copy(update={"checkpoint": checkpoint})
+    return config.model_copy(update={"checkpoint": checkpoint, "schedule": ScheduleConfig(kind="constant")})

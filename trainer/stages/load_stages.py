@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,23 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     stages: list[Stage] = []
     for own, file in stage_files(run_file):
         stages.append(_stage(own, file, stages))
-    return stages
+    return _keeping_branches(stages)
+
+
+def _keeping_branches(stages: Sequence[Stage]) -> list[Stage]:
+    """The same stages, each saving and keeping the checkpoints that a later one branches off."""
+    branches: dict[str, set[int]] = {}
+    for stage in stages:
+        if stage.origin is not None and stage.origin.step is not None:
+            branches.setdefault(stage.origin.stage, set()).add(stage.origin.step)
+    return [_saving_at(stage, branches.get(stage.name, set())) for stage in stages]
+
+
+def _saving_at(stage: Stage, steps: set[int]) -> Stage:
+    checkpoint = stage.config.checkpoint
+    at = tuple(sorted(steps | set(checkpoint.at)))
+    config = stage.config.model_copy(update={"checkpoint": checkpoint.model_copy(update={"at": at})})
+    return replace(stage, config=config)
 
 
 def _stage(own: dict[str, Any], file: RunFile, before: Sequence[Stage]) -> Stage:
@@ -70,15 +88,42 @@ def _place(file: RunFile, before: Sequence[Stage]) -> Origin | None:
     start = dict(file.values.get("start", {}))
     said = start.pop("from", None)
     file.values["start"] = start
-    if said is None:
-        return Origin(before[-1].name) if before and not _loads(file) else None
-    word, _, step = str(said).partition("@")
+    if said is None and (not before or _loads(file)):
+        return None
+    word, _, step = str(said or before[-1].name).partition("@")
     if word not in [stage.name for stage in before]:
         file.values.setdefault("checkpoint", {})["load"] = said
         return None
-    if step and not step.isdigit():
-        raise ValueError(report(file.name, [f"start.from = {said}: after @ stands a step, found {step!r}"]))
-    return Origin(word, int(step) if step else None)
+    stage = _named(before, word)
+    if not step:
+        return Origin(word, newest_stable_step(stage, before))
+    if step == "end":
+        return Origin(word)
+    if not step.isdigit() or not stage.first_step < int(step) <= stage.last_step:
+        raise ValueError(
+            report(
+                file.name,
+                [
+                    f"start.from = {said}: after @ stands a step of stage {word}, from "
+                    f"{stage.first_step + 1} to {stage.last_step}, or end; found {step!r}"
+                ],
+            )
+        )
+    return Origin(word, int(step))
+
+
+def newest_stable_step(stage: Stage, stages: Sequence[Stage]) -> int | None:
+    """The last step before the stage began to anneal; None where it did not, or was never stable.
+
+    Other data go on from before the anneal, as with the infinite schedule (Ibrahim et al. 2024, arXiv
+    2403.08763).
+    """
+    plan, anchor = schedule(stage.config), planned_anchor(stage, stages)
+    steps = range(stage.first_step, stage.last_step)
+    border = bisect_left(steps, True, key=lambda step: plan.phase(step, anchor) == "annealed")
+    if border in (0, len(steps)) or plan.phase(steps[border - 1], anchor) != "stable":
+        return None
+    return steps[border]
 
 
 def _loads(file: RunFile) -> bool:

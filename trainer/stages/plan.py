@@ -87,7 +87,7 @@ def takeover(stage: Stage, stages: Sequence[Stage]) -> Takeover:
         return Takeover(stage.name, origin, (), tuple(str(error).splitlines()))
     rows, problems = _rows(config, decisions, state)
     if not same_run:
-        problems += _schedule_problems(config, decisions, state)
+        problems += _schedule_problems(config, decisions, state) + _anneal_problems(config, state)
     return Takeover(stage.name, origin, tuple(rows), tuple(problems))
 
 
@@ -100,7 +100,11 @@ def planned_state(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:
     return {
         "step": step,
         "scalars": {"lr": schedule(config).lr(step - 1, anchor), "updates": step},
-        "schedule": {"anchor": anchor.to_json(), "form": config.schedule.model_dump(mode="json")},
+        "schedule": {
+            "anchor": anchor.to_json(),
+            "phase": schedule(config).phase(step - 1, anchor),
+            "form": config.schedule.model_dump(mode="json"),
+        },
         "data": {"sequence_length": config.data.sequence_length},
         "model": architecture(config).model_dump(mode="json"),
         "config": config.model_dump(mode="json"),
@@ -187,6 +191,18 @@ def _layout(layout: Mapping[str, Any] | None) -> str | None:
         return None
     degrees = Layout(**{key: value for key, value in layout.items() if key != "world_size"})
     return degrees.describe(degrees.model_parallel).replace(" DP1", "")  # data ranks may come and go
+
+
+def _anneal_problems(config: RunConfig, state: Mapping[str, Any]) -> list[str]:
+    """An anneal that branches off where nothing was stable."""
+    phase = (state.get("schedule") or {}).get("phase", "stable")  # another trainer's says nothing of it
+    if config.schedule.kind != "anneal" or phase == "stable":
+        return []
+    return [
+        f"schedule.kind is anneal, and the checkpoint of step {state['step']} is in the phase {phase!r} of "
+        "its schedule: an anneal branches off a stable one, of a constant, infinite or wsd schedule; choose "
+        "such a stage, or a step of it, with start.from = STAGE@STEP"
+    ]
 
 
 def _schedule_problems(

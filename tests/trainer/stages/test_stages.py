@@ -176,3 +176,53 @@ def test_the_envelope_of_peaks_counts_the_stages(folder: Path) -> None:
     found = stages(folder, FIRST.replace("warmup_steps", falling), SECOND.replace("warmup_steps", falling))
     peaks = [schedule(stage.config).lr(stage.first_step + 2, planned_anchor(stage, found)) for stage in found]
     assert peaks == pytest.approx([1e-3, 5e-4])
+
+
+TRUNK = """
+[[stage]]
+name = "trunk"
+steps = 20
+schedule = { kind = "wsd", warmup_steps = 2, decay_steps = 5 }
+"""
+
+
+def test_the_next_stage_goes_on_from_before_the_anneal(folder: Path) -> None:
+    """19 - 5 is the last step at the peak: steps 0 to 14 are done after it."""
+    trunk, second = stages(folder, TRUNK, SECOND)
+    plan, anchor = schedule(trunk.config), planned_anchor(trunk, [trunk])
+    border = second.first_step
+    assert (plan.phase(border - 1, anchor), plan.phase(border, anchor)) == ("stable", "annealed")
+    assert trunk.config.checkpoint.at == (border,), "saved there, and kept"
+
+
+def test_the_end_of_an_anneal_can_be_asked_for(folder: Path) -> None:
+    found = stages(
+        folder, TRUNK, SECOND.replace('policy = "rewarm"', 'from = "trunk@end", policy = "rewarm"')
+    )
+    assert found[1].first_step == 20
+
+
+def test_a_branch_is_saved_and_kept(folder: Path) -> None:
+    third = '[[stage]]\nname = "third"\nsteps = 3\nstart = { from = "first@7", policy = "rewarm" }\n'
+    assert stages(folder, FIRST, SECOND, third)[0].config.checkpoint.at == (7,)
+
+
+ANNEAL = """
+[[stage]]
+name = "anneal"
+steps = 5
+schedule = { kind = "anneal" }
+"""
+
+
+def test_an_anneal_needs_a_stable_checkpoint(folder: Path) -> None:
+    middle = ANNEAL + 'start = { from = "first@5" }\n'
+    assert "is in the phase 'decay' of its schedule: an anneal branches" in problems(folder, FIRST, middle)
+    assert "start from a checkpoint of a stable phase" in problems(folder, FIRST, ANNEAL)
+    load_and_check(folder, FIRST.replace('"cosine"', '"constant"'), ANNEAL)
+
+
+@pytest.mark.parametrize("step", ["0", "11", "soon"])
+def test_a_step_that_a_stage_does_not_have_is_refused(folder: Path, step: str) -> None:
+    text = SECOND.replace('policy = "rewarm"', f'from = "first@{step}", policy = "rewarm"')
+    assert "after @ stands a step of stage first, from 1 to 10, or end" in problems(folder, FIRST, text)
