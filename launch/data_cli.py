@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -142,8 +143,6 @@ def train_tokenizer(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on text."""
-    from pathlib import Path
-
     from launch.data_report import DataProgress, print_trained_tokenizer
     from trainer.data.train_tokenizer import train_bpe
 
@@ -180,3 +179,27 @@ def inspect_corpus(
     print_summary(summary)
     if documents:
         print_preview(preview(prefix, documents, 400), tokenizer_of(summary.sidecar, tokenizer, eod))
+
+
+@app.command("ledger")
+def ledger(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A run file, a run's or a stage's folder, or a checkpoint.",
+            show_default=False,
+        ),
+    ],
+    segments: Annotated[
+        bool, typer.Option("--segments", help="Also the shares of every stretch of constant terms.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Show what a run has read: documents, tokens, epochs, shares asked and realised.
+
+    Of its newest checkpoint, exactly: over all stages and restarts, whatever the layout.
+    """
+    from launch.data_ledger import show_ledger
+
+    show_ledger(run, as_json=as_json, segments=segments)

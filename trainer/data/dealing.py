@@ -17,6 +17,10 @@ from trainer.data.segments import Segment
 from trainer.data.weights import WHOLE, check_names, pass_on, quantise
 
 
+class CapsReachedError(ValueError):
+    """Every source that has a weight has been read as often as it may be."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What the run file asks of the dealing; where one of these changes, a new segment begins.
@@ -139,7 +143,7 @@ class Dealer:
         """The cursor that `step` is dealt from, caps seen to, and the source of each of its sequences.
 
         Raises:
-            ValueError: every source with a weight has reached its cap.
+            CapsReachedError: no source that is left has a weight.
         """
         cursor, sources, counts = self._fitting(self.at(step))
         self._remember(self._advanced(cursor, counts))
@@ -190,7 +194,7 @@ class Dealer:
         try:
             kept = pass_on(units, full, self._groups)
         except ValueError:
-            raise ValueError(
+            raise CapsReachedError(
                 f"step {cursor.step}: every source has reached its max_epochs "
                 f"({', '.join(self.terms.names)}); raise data.sources max_epochs, add a source, or lower "
                 "train.steps"

@@ -1,0 +1,135 @@
+"""The token ledger: what a run has read, as its checkpoint's data position tells it.
+
+Nothing is counted while a run trains. Which documents were read follows from a source's order and the number
+of its tokens read, both exact; so restarts, layouts and steps that were done again after a roll-back leave no
+trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.indexed import IndexedReader
+from trainer.data.order import SourceOrder
+from trainer.data.position import Reading, modernise, segments_of
+from trainer.data.segments import Segment
+from trainer.data.weights import WHOLE
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """What a run has read of one source, over all its stages.
+
+    Attributes:
+        name: of the source.
+        path: prefix of its files, as the run file had it; empty where the checkpoint does not say.
+        epoch_tokens: tokens of all its documents.
+        tokens: tokens read.
+        asked: share of the tokens that it was to have, over all segments.
+        realised: share of the tokens that it had, over all segments.
+    """
+
+    name: str
+    path: str
+    epoch_tokens: int
+    tokens: int
+    asked: float
+    realised: float
+
+    @property
+    def epochs(self) -> float:
+        """Passes over its documents."""
+        return self.tokens / self.epoch_tokens
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All that a run had read before a step.
+
+    Attributes:
+        step: nothing of it has been read.
+        seed: of the sources' orders.
+        sources: those of the present mixture first, in its order.
+        segments: the stretches over which shares are counted, in order.
+        replaced: what was read of documents that nobody goes on with: in another order, or other data under
+            the same name.
+    """
+
+    step: int
+    seed: int
+    sources: tuple[SourceEntry, ...]
+    segments: tuple[Segment, ...]
+    replaced: tuple[Reading, ...]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Ledger:
+        """From what a checkpoint keeps under `data`, of any version."""
+        state = modernise(state)
+        segments = segments_of(state)
+        shares = overall_shares(segments)
+        sources = tuple(
+            SourceEntry(
+                name=one["name"],
+                path=one.get("path", ""),
+                epoch_tokens=one["epoch_tokens"],
+                tokens=one["tokens"],
+                asked=shares.get(one["name"], (0.0, 0.0))[0],
+                realised=shares.get(one["name"], (0.0, 0.0))[1],
+            )
+            for one in state["sources"]
+        )
+        replaced = tuple(Reading(**one) for one in state["replaced"])
+        return cls(state["step"], state["seed"], sources, segments, replaced)
+
+    def source(self, name: str) -> SourceEntry:
+        """The entry of a source. Raises ValueError when the run has none of that name."""
+        for entry in self.sources:
+            if entry.name == name:
+                return entry
+        known = ", ".join(entry.name for entry in self.sources)
+        raise ValueError(f"no source {name!r} in this run, there are: {known}")
+
+    def documents_read(
+        self, name: str, *, times: int = 1, corpus: IndexedReader | None = None
+    ) -> NDArray[np.int64]:
+        """Documents of a source that were read to their end at least so many times.
+
+        Args:
+            name: of the source.
+            times: passes.
+            corpus: its documents, where they are open already or lie elsewhere by now.
+
+        Returns:
+            Their numbers in the source's files, int64 [documents], in rising order.
+
+        Raises:
+            ValueError: there is no such source, or its documents are gone or are others by now.
+        """
+        entry = self.source(name)
+        if corpus is None:
+            if not entry.path:
+                raise ValueError(f"source {name!r}: the checkpoint does not say where its documents lie")
+            corpus = IndexedReader(entry.path)
+        if corpus.num_tokens != entry.epoch_tokens:
+            raise ValueError(
+                f"source {name!r}: {corpus.prefix} has {corpus.num_tokens} tokens, the run read from "
+                f"{entry.epoch_tokens}: other data by now"
+            )
+        order = SourceOrder(corpus, seed=self.seed, name=name)
+        return order.documents_read(entry.tokens, times=times)
+
+
+def overall_shares(segments: tuple[Segment, ...]) -> dict[str, tuple[float, float]]:
+    """By source, its share of the tokens of all segments: asked and realised."""
+    asked, dealt, total = dict[str, int](), dict[str, int](), 0
+    for segment in segments:
+        total += segment.sequences * segment.length
+        for name, units in segment.asked.items():
+            asked[name] = asked.get(name, 0) + units * segment.length
+            dealt[name] = dealt.get(name, 0) + segment.dealt[name] * segment.length
+    return {name: (asked[name] / (WHOLE * total), dealt[name] / total) for name in asked if total}
