@@ -42,16 +42,11 @@ class Mean:
 class Evaluator:
     """Evaluates all validation sets of a run, on all ranks together."""
 
-    def __init__(self, session: Session, *, first_step: int | None = None) -> None:
-        """Open the validation sets.
-
-        Args:
-            first_step: steps that were done when this stage began; by default what the session knows of it.
-        """
+    def __init__(self, session: Session) -> None:
+        """Open the validation sets."""
         config = session.config
         self._session = session
         self._streams = open_validation(config.data, global_batch=config.train.global_batch)
-        self._first_step = _began(session) if first_step is None else first_step
         wanted = config.eval.dense
         self._dense = bool(session.lineage) if wanted is None else wanted
         self._sources = {entry.name: entry.source or entry.name for entry in config.data.validation}
@@ -65,7 +60,7 @@ class Evaluator:
             return None
         if last or (settings.every > 0 and step % settings.every == 0):
             return "whole"
-        if self._dense and is_dense_step(step - self._first_step, settings.dense_per_decade):
+        if self._dense and is_dense_step(step - self._session.first_step, settings.dense_per_decade):
             return "dense"
         return None
 
@@ -146,7 +141,7 @@ class Evaluator:
         return self._text_bytes[key]
 
     def _role(self, source: str) -> Role:
-        if source in self._session.stream.source_names:
+        if self._session.stream.weights.get(source):
             return "trained"
         return "old" if self._session.lineage else "unseen"
 
@@ -163,10 +158,3 @@ def is_dense_step(number: int, per_decade: int | None) -> bool:
         return number & (number - 1) == 0
     nearest = round(per_decade * math.log10(number))
     return any(number == round(10 ** (place / per_decade)) for place in (nearest - 1, nearest, nearest + 1))
-
-
-def _began(session: Session) -> int:
-    """The step at which the stage began; a run that goes on from itself is in the middle of it."""
-    if not session.resumed:
-        return session.step
-    return int(session.lineage[-1]["step"]) if session.lineage else 0

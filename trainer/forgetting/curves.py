@@ -92,7 +92,8 @@ def read_stages(stages: Sequence[Stage]) -> list[StageRecords]:
         steps = range(stage.first_step, stage.last_step + 1)
         records = read_evaluations(stage.folder / METRICS)
         by_step = {record.step: record for record in records if record.step in steps}
-        before = found[-1].by_step.get(stage.first_step) if found else None
+        goes_on = bool(found) and found[-1].stage.last_step == stage.first_step
+        before = found[-1].by_step.get(stage.first_step) if goes_on else None
         if stage.first_step not in by_step and before is not None:
             by_step[stage.first_step] = replace(before, roles={})
         found.append(StageRecords(stage, by_step))

@@ -126,8 +126,8 @@ def _plot(axes: Axes, report: Report, stage: int, name: str, style: Mapping[str,
     curve, start = report.stages[stage].curve(name), _starts(report)[stage]
     first = report.stages[stage].stage.first_step
     marker = "." if len(curve) < 30 else None
-    steps, losses = [start + step - first for step, _ in curve], [loss for _, loss in curve]
-    axes.plot(steps, losses, marker=marker, markersize=4, **style)
+    steps = [start + step - first for step, _ in curve]
+    axes.plot(steps, _drawable([loss for _, loss in curve]), marker=marker, markersize=4, **style)
 
 
 def _draw_curves(axes: Axes, report: Report) -> None:
@@ -175,7 +175,7 @@ def _draw_matrix(axes: Axes, report: Report) -> None:
     shown = most_changed(matrix, MOST_ROWS)
     columns = [[matrix.loss(stage, index) for stage in range(matrix.last + 1)] for index in shown]
     shades = [_above_lowest(values) for values in columns]
-    largest = max((one for row in shades[:] for one in row if math.isfinite(one)), default=0.0)
+    largest = max((one for row in shades for one in row if math.isfinite(one)), default=0.0)
     axes.imshow(shades, cmap="Greys", vmin=0.0, vmax=1.35 * largest or 1.0, aspect="auto")
     for row, index in enumerate(shown):
         for stage, value in enumerate(columns[row]):
@@ -197,9 +197,15 @@ def _draw_matrix(axes: Axes, report: Report) -> None:
     )
 
 
+def _drawable(values: Sequence[float]) -> list[float]:
+    """A loss that is not finite leaves a hole."""
+    return [value if math.isfinite(value) else math.nan for value in values]
+
+
 def _above_lowest(values: Sequence[float | None]) -> list[float]:
     known = [value for value in values if value is not None and math.isfinite(value)]
-    return [math.nan if value is None else value - min(known, default=0.0) for value in values]
+    above = [math.nan if value is None else value - min(known, default=0.0) for value in values]
+    return _drawable(above)
 
 
 def _draw_rises(axes: Axes, report: Report, rises: Sequence[StageGap]) -> None:
@@ -209,14 +215,16 @@ def _draw_rises(axes: Axes, report: Report, rises: Sequence[StageGap]) -> None:
         curve = _after_start(stages[one.stage], one.set_name)
         axes.plot(
             [step for step, _ in curve],
-            [loss - one.gap.start_loss for _, loss in curve],
+            _drawable([loss - one.gap.start_loss for _, loss in curve]),
             label=f"{one.set_name} in {one.stage}",
             marker=MARKERS[number % len(MARKERS)],
             markersize=3.5,
             **_style(number, len(rises)),
         )
     axes.axhline(0.0, color="0.5", linewidth=0.9)
+    longest = max(one.gap.end_step - one.gap.start_step for one in rises)
     axes.set_xscale("log")
+    axes.set_xlim(0.85, 1.2 * longest)
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     axes.set_xlabel("steps since the stage began")
     axes.set_ylabel("above its start, nats per token")

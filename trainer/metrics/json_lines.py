@@ -47,7 +47,8 @@ class JsonLines:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Append one evaluation."""
-        self._write("evaluation", **_said(record))
+        always = {"losses": record.losses, "tokens": record.tokens}
+        self._write("evaluation", **always | _said(record))
 
     def close(self) -> None:
         """Close the file."""
