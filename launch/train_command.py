@@ -62,6 +62,7 @@ def train(run_file: Path, overrides: list[str], *, ranks: int | None = None) -> 
         if config := _next_config(stage, stages, world_size):
             write_history(stage, takeover(stage, stages))
             start_ranks(config, world_size, gpus=environment.gpus)
+            report_forgetting(stages[: stage.number + 1])
 
 
 def _next_config(stage: Stage, stages: Sequence[Stage], world_size: int) -> RunConfig | None:
@@ -190,6 +191,21 @@ def _join_stage(stage: Stage, stages: Sequence[Stage], environment: Environment)
         dist.barrier()
         run_rank(config)
         destroy_mesh()
+        if environment.rank == 0:
+            report_forgetting(stages[: stage.number + 1])
+
+
+def report_forgetting(done: Sequence[Stage]) -> None:
+    """Write what the stages so far have forgotten, and say it, where there is more than one evaluation."""
+    from trainer.forgetting.writing import write_reports
+
+    folders = [(one.name, one.config.run.folder, one.first_step, one.last_step) for one in done]
+    tensorboard = done[-1].config.metrics.tensorboard
+    found = write_reports(done[-1].run_folder, folders, tensorboard=tensorboard)
+    if found is not None:
+        console = Console(highlight=False)
+        for line in found.lines():
+            console.print(line, soft_wrap=True, markup=False)
 
 
 def write_run_folder(config: RunConfig) -> None:

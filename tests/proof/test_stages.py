@@ -24,6 +24,10 @@ from trainer.stages.load_stages import load_stages
 SAVED = """
 [checkpoint]
 every = 5
+
+[[data.validation]]
+name = "prose"
+path = "{folder}/held-out"
 """
 THIRD = """
 [[stage]]
@@ -40,9 +44,11 @@ schedule = { kind = "linear", steps = 200 }
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """After the run."""
     folder = tmp_path_factory.mktemp("stages")
-    write_tokens(folder / "prose", [[t % 250 for t in one] for one in ragged(60, seed=1, longest=50)])
+    for seed, name in enumerate(("prose", "held-out")):
+        documents = [[t % 250 for t in one] for one in ragged(60, seed=seed, longest=50)]
+        write_tokens(folder / name, documents)
     path = folder / "run.toml"
-    path.write_text(BASE.format(folder=folder) + SAVED + FIRST + SECOND + THIRD)
+    path.write_text((BASE + SAVED).format(folder=folder) + FIRST + SECOND + THIRD)
     ratoon("train", path)
     return path
 
@@ -95,6 +101,13 @@ def test_the_history_has_every_start(run_file: Path) -> None:
     starts = {one["stage"]: one for one in history(run_file)}
     assert list(starts) == ["first", "second", "third"]
     assert starts["third"]["fields"]["moments"] == {"verdict": "reset", "reason": "start.moments = reset"}
+
+
+def test_forgetting_is_reported_after_every_stage(run_file: Path) -> None:
+    story = run_file.parent / "story"
+    assert (story / "forgetting.png").stat().st_size > 0
+    stages = json.loads((story / "forgetting.json").read_text())["stages"]
+    assert [stage["name"] for stage in stages] == ["first", "second", "third"]
 
 
 def test_what_is_done_is_left_and_what_is_not_goes_on(run_file: Path) -> None:
