@@ -196,7 +196,9 @@ def _join_stage(stage: Stage, stages: Sequence[Stage], environment: Environment)
 
 
 def report_forgetting(done: Sequence[Stage]) -> None:
-    """Write what the stages so far have forgotten, and say it, where there is more than one evaluation."""
+    """Write what the stages so far have forgotten, and say it; nothing of a run that began from nothing."""
+    if len(done) == 1 and done[0].config.checkpoint.load is None:
+        return
     from trainer.forgetting.writing import write_reports
 
     folders = [(one.name, one.config.run.folder, one.first_step, one.last_step) for one in done]
