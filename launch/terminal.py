@@ -53,7 +53,7 @@ class Terminal:
     def evaluation(self, record: EvaluationRecord) -> None:
         """Print the held-out losses, a line for each validation set; those of a dense evaluation in one."""
         if record.dense:
-            losses = {**record.losses, **record.first_losses}
+            losses = {**record.losses, **record.dense_losses}
             text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             self.event(f"held-out  {text}", step=record.step)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,16 +20,16 @@ from trainer.step import evaluate
 from trainer.updates.opening import averaged
 
 Extent = Literal["whole", "dense"]
-"""How much of each set is read: up to `eval.batches`, or the first `eval.dense_batches` only."""
+"""How much of each set is read: up to `eval.batches`, or `eval.dense_batches` of those only."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The loss over the beginning of a validation set, or over all of it that is to be read.
+    """The loss over a sample of a validation set, or over all of it that is to be read.
 
     Attributes:
         loss: mean in nats.
-        steps: global batches of the set that were read.
+        steps: global batches of the set that it is over.
         whole: whether they are all that an evaluation reads.
     """
 
@@ -90,8 +91,8 @@ class Evaluator:
             {name: mean.tokens for name, mean in whole.items()},
             time.monotonic() - began,
             dense=extent == "dense",
-            first_losses={name: mean.loss for name, mean in firsts.items()},
-            first_tokens={name: mean.tokens for name, mean in firsts.items()},
+            dense_losses={name: mean.loss for name, mean in firsts.items()},
+            dense_tokens={name: mean.tokens for name, mean in firsts.items()},
             bits_per_byte=bits,
             text_bytes=text,
             sources=self._sources,
@@ -103,21 +104,21 @@ class Evaluator:
         return {stream.name + suffix: self._read(stream, extent) for stream in self._streams}
 
     def _read(self, stream: ValidationStream, extent: Extent) -> list[Mean]:
-        """One pass over a set: the means of its beginning and, of a whole evaluation, of all of it."""
+        """One pass over a set: the mean of a dense evaluation and, of a whole one, of all of it."""
         settings = self._session.config.eval
         steps = min(stream.steps, settings.batches or stream.steps)
-        first = min(steps, settings.dense_batches) if self._dense else steps
-        total = count = 0.0
-        means: list[Mean] = []
-        for step in range(first if extent == "dense" else steps):
-            loss, tokens = self._step(stream, step)
-            if tokens:
-                total += loss * tokens
-                count += tokens
-            if step + 1 in (first, steps):
-                mean = total / count if count else math.nan
-                means.append(Mean(stream.name, mean, round(count), step + 1, whole=step + 1 == steps))
+        sample = spread(steps, settings.dense_batches) if self._dense else range(steps)
+        found = {step: self._step(stream, step) for step in (sample if extent == "dense" else range(steps))}
+        means = [self._mean(stream, [found[step] for step in sample], whole=len(sample) == steps)]
+        if len(found) > len(sample):
+            means.append(self._mean(stream, list(found.values()), whole=True))
         return means
+
+    def _mean(self, stream: ValidationStream, found: Sequence[tuple[float, float]], *, whole: bool) -> Mean:
+        """Of global batches, from the mean loss and the tokens of each."""
+        count = sum(tokens for _, tokens in found)
+        total = sum(loss * tokens for loss, tokens in found if tokens)
+        return Mean(stream.name, total / count if count else math.nan, round(count), len(found), whole)
 
     def _step(self, stream: ValidationStream, step: int) -> tuple[float, float]:
         """Mean loss of one global batch, and its tokens."""
@@ -144,6 +145,11 @@ class Evaluator:
         if self._session.stream.weights.get(source):
             return "trained"
         return "old" if self._session.lineage else "unseen"
+
+
+def spread(steps: int, most: int) -> Sequence[int]:
+    """At most `most` of `steps` batches, evenly spaced: the first ones may be of one document."""
+    return range(steps) if steps <= most else [place * steps // most for place in range(most)]
 
 
 def is_dense_step(number: int, per_decade: int | None) -> bool:

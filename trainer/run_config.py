@@ -60,7 +60,7 @@ class EvalConfig(Settings):
     dense_per_decade: int | None = Field(default=None, gt=0, le=100)
     """So many steps, evenly spaced in their logarithm, between 1 and 10, 10 and 100, ... instead."""
     dense_batches: int = Field(default=4, gt=0)
-    """Global batches of each validation set that such an evaluation reads."""
+    """Global batches of each validation set that such an evaluation reads, spread evenly over it."""
 
 
 class MetricsConfig(Settings):

@@ -49,7 +49,7 @@ class StageRecords:
     def sets(self) -> list[str]:
         """The validation sets that there are: those of the weights, not those of their average."""
         named = dict.fromkeys(
-            name for record in self.records for name in (*record.losses, *record.first_losses)
+            name for record in self.records for name in (*record.losses, *record.dense_losses)
         )
         roles = {name for record in self.records for name in record.roles}
         return [name for name in named if not roles or name in roles]
@@ -59,7 +59,7 @@ class StageRecords:
         return next((record.roles[name] for record in self.records if name in record.roles), None)
 
     def curve(self, name: str) -> Curve:
-        """The loss of one set. Evaluations read all of it or its beginning: the extent that most have, and
+        """The loss of one set. Evaluations read all of it or a sample: the extent that most have, and
         the first has."""
         means = {record.step: dict(_means(record, name)) for record in self.records}
         means = {step: found for step, found in means.items() if found}
@@ -74,8 +74,8 @@ def _means(record: EvaluationRecord, name: str) -> Iterator[tuple[int, float]]:
     """(tokens, mean loss over them) of one set."""
     if name in record.losses:
         yield record.tokens.get(name, 0), record.losses[name]
-    if name in record.first_losses:
-        yield record.first_tokens.get(name, 0), record.first_losses[name]
+    if name in record.dense_losses:
+        yield record.dense_tokens.get(name, 0), record.dense_losses[name]
 
 
 def read_stages(stages: Sequence[Stage]) -> list[StageRecords]:

@@ -170,12 +170,15 @@ def _draw_borders(axes: Axes, report: Report) -> None:
 
 
 def _draw_matrix(axes: Axes, report: Report) -> None:
-    """Losses as numbers; the darker, the further above the lowest that the set has had."""
+    """Losses as numbers; the darker, the further above the lowest that the set has had.
+
+    The scale is that of the stages: against an untrained start, all of them would look alike.
+    """
     matrix = report.matrix
     shown = most_changed(matrix, MOST_ROWS)
     columns = [[matrix.loss(stage, index) for stage in range(matrix.last + 1)] for index in shown]
     shades = [_above_lowest(values) for values in columns]
-    largest = max((one for row in shades for one in row if math.isfinite(one)), default=0.0)
+    largest = max((one for row in shades for one in row[1:] if math.isfinite(one)), default=0.0)
     axes.imshow(shades, cmap="Greys", vmin=0.0, vmax=1.35 * largest or 1.0, aspect="auto")
     for row, index in enumerate(shown):
         for stage, value in enumerate(columns[row]):

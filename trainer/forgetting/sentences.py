@@ -34,7 +34,7 @@ def _gap_sentence(stage: str, name: str, gap: Gap) -> list[str]:
         back = (
             f"back by step {gap.recovery_step}"
             if gap.recovery_step is not None
-            else f"not back at the end ({gap.change:+.2f} at step {gap.end_step})"
+            else f"not back at the end ({gap.change:+.3f} at step {gap.end_step})"
         )
         return [f"{where} rose by {gap.depth:.2f} at step {gap.depth_step}, {back}"]
     if gap.drop >= WORTH_SAYING:

@@ -81,9 +81,9 @@ class EvaluationRecord:
         losses: mean loss in nats of each validation set, by its name.
         tokens: valid tokens that each mean is over.
         seconds: wall time of the whole evaluation.
-        dense: one of the early ones between the others, over the first `eval.dense_batches` global batches.
-            Sets that have more than those are in `first_losses` only.
-        first_losses, first_tokens: losses and tokens over what a dense evaluation reads, of the sets that
+        dense: one of the early ones between the others, over `eval.dense_batches` global batches spread over
+            each set. Sets that have more than those are in `dense_losses` only.
+        dense_losses, dense_tokens: losses and tokens over what a dense evaluation reads, of the sets that
             have more; every evaluation has them, so that all make one curve.
         bits_per_byte: of each of `losses`; compares different tokenizers, which nats a token do not.
         text_bytes: UTF-8 bytes of the tokens that each mean is over; special tokens have none.
@@ -96,8 +96,8 @@ class EvaluationRecord:
     tokens: Mapping[str, int]
     seconds: float = 0.0
     dense: bool = False
-    first_losses: Mapping[str, float] = field(default_factory=dict)
-    first_tokens: Mapping[str, int] = field(default_factory=dict)
+    dense_losses: Mapping[str, float] = field(default_factory=dict)
+    dense_tokens: Mapping[str, int] = field(default_factory=dict)
     bits_per_byte: Mapping[str, float] = field(default_factory=dict)
     text_bytes: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)

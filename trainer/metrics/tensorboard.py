@@ -51,13 +51,13 @@ class TensorBoard:
         self._writer.add_text("events", text, step)
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """Write loss, perplexity and bits per byte of each validation set, and the loss of its beginning."""
+        """Write loss, perplexity and bits per byte of each validation set, and what dense evaluations read."""
         self._add({f"validation/{name}": loss for name, loss in record.losses.items()}, record.step)
         perplexities = {f"validation_perplexity/{name}": record.perplexity(name) for name in record.losses}
         self._add(perplexities, record.step)
         bits = {f"validation_bits_per_byte/{name}": one for name, one in record.bits_per_byte.items()}
         self._add(bits, record.step)
-        firsts = {f"validation_beginning/{name}": loss for name, loss in record.first_losses.items()}
+        firsts = {f"validation_dense/{name}": loss for name, loss in record.dense_losses.items()}
         self._add(firsts, record.step)
         assert self._writer is not None
         self._writer.flush()

@@ -12,7 +12,7 @@ from parallel.layout import Layout
 from tests.proof.runs import Records, cut_short, run, run_config, write_corpora
 from tests.ranks import run_ranks
 from trainer.config import RunConfig
-from trainer.evaluation import is_dense_step
+from trainer.evaluation import is_dense_step, spread
 from trainer.metrics.sink import EvaluationRecord
 
 
@@ -30,6 +30,11 @@ def test_steps_are_evenly_spaced_in_their_logarithm() -> None:
 def test_no_point_of_a_decade_is_missed(per_decade: int) -> None:
     wanted = {round(10 ** (place / per_decade)) for place in range(3 * per_decade + 1)}
     assert {step for step in range(1, 1001) if is_dense_step(step, per_decade)} == wanted
+
+
+def test_a_sample_is_spread_over_the_set() -> None:
+    assert list(spread(10, 4)) == [0, 2, 5, 7]
+    assert list(spread(3, 4)) == list(spread(3, 3)) == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +77,17 @@ def test_a_stage_from_a_checkpoint_is_evaluated_densely(dense: Records) -> None:
 def test_a_new_run_is_not(folder: Path) -> None:
     records = run_ranks(run, 1, config_of(folder, "new", train__steps=3))[0]
     assert [(one.step, one.dense) for one in records.evaluations] == [(3, False)]
-    assert records.evaluations[0].first_losses == {}
+    assert records.evaluations[0].dense_losses == {}
     assert records.evaluations[0].roles == {"held-out": "trained", "old": "unseen"}
 
 
-def test_every_evaluation_says_what_the_beginning_of_a_set_has(dense: Records) -> None:
+def test_every_evaluation_says_what_a_dense_one_would_have(dense: Records) -> None:
     for one in dense.evaluations:
-        assert one.first_losses.keys() == {"held-out", "old"}
+        assert one.dense_losses.keys() == {"held-out", "old"}
         assert one.losses.keys() == (set() if one.dense else {"held-out", "old"})
-        assert len(set(map(tuple, [sorted(one.first_tokens.items()) for one in dense.evaluations]))) == 1
+        assert len(set(map(tuple, [sorted(one.dense_tokens.items()) for one in dense.evaluations]))) == 1
     start = dense.evaluations[0]
-    assert start.first_tokens["old"] < start.tokens["old"]
+    assert start.dense_tokens["old"] < start.tokens["old"]
 
 
 def test_sets_belong_to_sources(dense: Records) -> None:
@@ -126,6 +131,6 @@ def test_bytes_and_losses_do_not_depend_on_the_layout(folder: Path, dense: Recor
     config = continued(folder, "other", Layout(tensor=2), eval__dense_batches=1, eval__every=5)
     found = run_ranks(run, 4, config)[0].evaluations
     for one, other in zip(dense.evaluations, found, strict=True):
-        assert (other.text_bytes, other.first_tokens) == (one.text_bytes, one.first_tokens)
-        assert other.first_losses == pytest.approx(one.first_losses, rel=1e-5)  # fp32 adds in another order
+        assert (other.text_bytes, other.dense_tokens) == (one.text_bytes, one.dense_tokens)
+        assert other.dense_losses == pytest.approx(one.dense_losses, rel=1e-5)  # fp32 adds in another order
         assert other.bits_per_byte == pytest.approx(one.bits_per_byte, rel=1e-5)

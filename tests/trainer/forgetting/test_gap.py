@@ -80,7 +80,7 @@ def test_the_worst_is_said_first() -> None:
     )
     assert said == [
         "stage a: prose rose by 0.40 at step 104, back by step 140",
-        "stage b: news rose by 0.25 at step 8, not back at the end (+0.20 at step 20)",
+        "stage b: news rose by 0.25 at step 8, not back at the end (+0.200 at step 20)",
         "stage a: maths fell by 0.50 by step 20",
     ]
 

@@ -137,19 +137,19 @@ def test_a_lost_loss_stays_valid_json(tmp_path: Path) -> None:
     assert found["matrix"]["nats_per_token"][1] == ["inf"]
 
 
-def test_evaluations_of_a_beginning_make_one_curve(tmp_path: Path) -> None:
+def test_evaluations_of_a_sample_make_one_curve(tmp_path: Path) -> None:
     """Whole evaluations say what a dense one would have read, and only those losses compare."""
     sink = JsonLines(tmp_path / "metrics.jsonl")
     sink.start(RunInfo("run", 0, 8, 64))
     for step, whole, first in ((0, 2.0, 1.0), (1, None, 1.1), (2, None, 1.2), (8, 2.5, 0.9)):
-        losses, first_losses = {} if whole is None else {"prose": whole}, {"prose": first}
+        losses, dense_losses = {} if whole is None else {"prose": whole}, {"prose": first}
         record = EvaluationRecord(
             step,
             losses,
             dict.fromkeys(losses, 100),
             dense=whole is None,
-            first_losses=first_losses,
-            first_tokens={"prose": 10},
+            dense_losses=dense_losses,
+            dense_tokens={"prose": 10},
             roles={"prose": "old"},
         )
         sink.evaluation(record)
