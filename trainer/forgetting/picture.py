@@ -179,7 +179,14 @@ def _draw_matrix(axes: Axes, report: Report) -> None:
     columns = [[matrix.loss(stage, index) for stage in range(matrix.last + 1)] for index in shown]
     shades = [_above_lowest(values) for values in columns]
     largest = max((one for row in shades for one in row[1:] if math.isfinite(one)), default=0.0)
-    axes.imshow(shades, cmap="Greys", vmin=0.0, vmax=1.35 * largest or 1.0, aspect="auto")
+    scale = largest or 1.0
+    axes.imshow(
+        [[min(one, 1.2 * scale) for one in row] for row in shades],
+        cmap="Greys",
+        vmin=0.0,
+        vmax=1.5 * scale,
+        aspect="auto",
+    )
     for row, index in enumerate(shown):
         for stage, value in enumerate(columns[row]):
             axes.text(
@@ -190,7 +197,7 @@ def _draw_matrix(axes: Axes, report: Report) -> None:
                 va="center",
                 fontsize=8,
                 fontweight="bold" if matrix.learned[index] == stage else "normal",
-                color="white" if shades[row][stage] > 0.7 * (1.35 * largest) else "black",
+                color="white" if shades[row][stage] > 0.85 * scale else "black",
             )
     axes.set_xticks(range(matrix.last + 1), ["start", *matrix.stages], rotation=0, fontsize=8)
     axes.set_yticks(range(len(shown)), [matrix.sets[index] for index in shown], fontsize=8)

@@ -51,7 +51,7 @@ class TensorBoard:
         self._writer.add_text("events", text, step)
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """Write loss, perplexity and bits per byte of each validation set, and what dense evaluations read."""
+        """Write loss, perplexity and bits per byte of each validation set, and the dense ones."""
         self._add({f"validation/{name}": loss for name, loss in record.losses.items()}, record.step)
         perplexities = {f"validation_perplexity/{name}": record.perplexity(name) for name in record.losses}
         self._add(perplexities, record.step)
