@@ -104,10 +104,10 @@ def show_ledger(path: Path, *, as_json: bool, segments: bool, console: Console |
 
 
 def _table(ledger: Ledger, documents: dict[str, Documents]) -> Table:
-    table = Table(box=None, padding=(0, 1), header_style="dim")
-    table.add_column("source", overflow="fold", max_width=22)
-    for name in ("documents", "tokens", "epochs", "share asked", "share realised"):
-        table.add_column(name, justify="right", no_wrap=name in ("tokens", "epochs"))
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="dim")
+    table.add_column("source", overflow="fold", max_width=20)
+    for name in ("documents", "tokens", "epochs", "share\nasked", "share\nrealised"):
+        table.add_column(name, justify="right", no_wrap=True)
     for entry in ledger.sources:
         read = documents[entry.name].read
         table.add_row(

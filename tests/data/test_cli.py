@@ -1,5 +1,7 @@
 """`ratoon data`, as a person types it."""
 
+import io
+import json
 import os
 import signal
 import subprocess
@@ -7,10 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from checkpoint.save import Saver
 from launch.data_cli import app
-from tests.data.corpora import write_lines, write_tokens
+from launch.data_ledger import Documents, _table
+from tests.data.corpora import ragged, write_lines, write_tokens
+from trainer.data.config import DataConfig
+from trainer.data.ledger import Ledger, SourceEntry
+from trainer.data.stream import TokenStream
 
 TEXTS = [f"document {n} " + "word " * n for n in range(60)]
 
@@ -103,3 +111,69 @@ def test_sigterm_leaves_nothing(lines: str) -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert ended.returncode == 128 + signal.SIGTERM
     assert os.listdir() == ["in.jsonl"]
+
+
+def run_with_two_stages(folder: Path) -> None:
+    """Checkpoints without tensors: the ledger looks at nothing but the data position."""
+    sources = [
+        {"name": name, "path": write_tokens(folder / name, ragged(40, seed=n))}
+        for n, name in enumerate(("a-source-with-quite-a-long-name", "code"))
+    ]
+    state = None
+    for stage, first in (("general", 0), ("code", 30)):
+        config = DataConfig.model_validate({"sequence_length": 8, "sources": sources})
+        stream = TokenStream(config, seed=1, global_batch=4, state=state, stage=stage)
+        state = stream.state(first + 30)
+        saver = Saver(folder / "run" / stage / "checkpoints", rank=0, world_size=1)
+        saver.save(first + 30, [], {"data": state}, {})
+        saver.close()
+
+
+def test_the_ledger_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run_with_two_stages(tmp_path)
+    (tmp_path / "run.toml").write_text(f'run.dir = "{tmp_path}/run"\n')
+    newest = tmp_path / "run" / "code"
+    tables = [
+        CliRunner().invoke(app, ["ledger", str(path)]).output
+        for path in (
+            tmp_path / "run",
+            tmp_path / "run.toml",
+            newest,
+            newest / "checkpoints" / "step-00000060",
+        )
+    ]
+    assert len(set(tables)) == 1
+    heading, *table = tables[0].splitlines()
+    assert heading.endswith("step-00000060: 60 steps")
+    assert max(map(len, table)) <= 80
+    found = json.loads(CliRunner().invoke(app, ["ledger", str(tmp_path / "run"), "--json"]).output)
+    assert [one["tokens"] for one in found["sources"]] == [960, 960]
+    assert [one["share_realised"] for one in found["sources"]] == [0.5, 0.5]
+    assert [one["documents"] for one in found["sources"]] == [40, 40]
+    assert [one["stage"] for one in found["segments"]] == ["general", "code"]
+    assert "steps 30 to 60, stage code: 120 sequences of 8" in invoke(
+        "ledger", str(tmp_path / "run"), "--segments"
+    )
+
+
+def test_a_large_ledger_fits_a_terminal() -> None:
+    entry = SourceEntry("a-source-with-quite-a-long-name", "", 987_654_321_012, 3_456_789_012_345, 1.0, 1.0)
+    ledger = Ledger(1, 1, (entry,), (), ())
+    console = Console(width=80, file=io.StringIO())
+    console.print(_table(ledger, {entry.name: Documents(987_654_321, 987_654_321)}))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, shown.splitlines())) <= 80
+    for number in ("987,654,321", "3,456,789,012,345", "100.000%"):
+        assert number in shown
+
+
+def test_the_ledger_says_what_it_cannot_count(tmp_path: Path) -> None:
+    run_with_two_stages(tmp_path)
+    Path(tmp_path / "code.idx").unlink()
+    assert "documents of code: " in invoke("ledger", str(tmp_path / "run"))
+
+
+def test_no_ledger_without_a_run(tmp_path: Path) -> None:
+    assert "none found" in invoke("ledger", str(tmp_path), code=2).replace("│ ", "")
+    assert "no such folder" in invoke("ledger", str(tmp_path / "gone"), code=2).replace("│ ", "")

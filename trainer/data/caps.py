@@ -60,8 +60,8 @@ def cap_problems(
     left = sum(_left(terms, start)) * config.sequence_length
     return [
         f"data.sources max_epochs: steps {first_step} to {last_step} take {wanted:,} tokens, but every "
-        f"source has a cap, and together they have {left:,} left, enough to step {reached}; raise a max_epochs, add "
-        f"a source without one, or end at step {reached}"
+        f"source has a cap, and together they have {left:,} left, enough to step {reached}; raise a "
+        f"max_epochs, add a source without one, or end at step {reached}"
     ]
 
 
