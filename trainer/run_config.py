@@ -14,6 +14,8 @@ class RunSettings(Settings):
     name: str = Field(default="run", min_length=1, pattern=r"^[^/\s.][^/\s]*$")
     dir: Path | None = None
     """Run folder; `runs/NAME` under the current folder when not given."""
+    stage: str = ""
+    """Name of the stage; a run file of several stages fills it in itself."""
     seed: int = Field(default=1234, ge=0, lt=2**63)
     deterministic: bool = False
     """Only kernels that give the same bits twice, at some cost in speed. The CPU path always is."""

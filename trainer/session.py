@@ -206,6 +206,7 @@ def _open_stream(config: RunConfig, start: Start) -> TokenStream:
         global_batch=config.train.global_batch,
         state=start.data,
         first_step=start.step,
+        stage=config.run.stage,
     )
 
 

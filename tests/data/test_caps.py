@@ -13,8 +13,36 @@ from trainer.data.config import DataConfig
 from trainer.data.dealing import CapsReachedError
 from trainer.data.ledger import Ledger
 from trainer.data.stream import TokenStream
+from trainer.stages.check import check_stages
+from trainer.stages.load_stages import load_stages
 
 LENGTH, BATCH = 8, 4
+RUN = """\
+[run]
+dir = "{folder}/run"
+[model]
+num_layers = 1
+hidden_size = 8
+num_attention_heads = 1
+vocab_size = 10000
+[data]
+tokenizer = "{folder}/words.json"
+sequence_length = 8
+[[data.sources]]
+name = "prose"
+path = "{folder}/prose"
+max_epochs = 1
+[train]
+global_batch = 4
+precision = "fp32"
+[[stage]]
+name = "general"
+steps = 10
+[[stage]]
+name = "more"
+start = {{ schedule = "anchor" }}
+steps = {steps}
+"""
 
 
 @pytest.fixture
@@ -120,3 +148,12 @@ def test_a_source_without_a_cap_never_runs_out(
 
 def test_an_uncapped_source_of_weight_zero_does_not_help(entries: dict[str, Any]) -> None:
     assert asked(build(entries, None, 1, 1, mixture={"weights": {"prose": 0}}), 10**6)
+
+
+def test_a_run_file_is_refused_for_a_stage_of_it(entries: dict[str, Any], tmp_path: Path) -> None:
+    steps = sum(map(len, ragged(30))) // (LENGTH * BATCH)
+    (tmp_path / "run.toml").write_text(RUN.format(folder=tmp_path, steps=steps))
+    check_stages(load_stages(tmp_path / "run.toml", []), [1, 1], name="run.toml")
+    (tmp_path / "run.toml").write_text(RUN.format(folder=tmp_path, steps=steps + 1))
+    with pytest.raises(ValueError, match=rf"stage more: .*steps 10 to {steps + 11} take"):
+        check_stages(load_stages(tmp_path / "run.toml", []), [1, 1], name="run.toml")

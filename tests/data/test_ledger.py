@@ -80,11 +80,11 @@ def test_weights_that_cannot_be_set(entries: dict[str, Any]) -> None:
         stream.set_weights(6, dict.fromkeys(even, 0.0))
 
 
-def test_batches_built_ahead_can_be_thrown_away(entries: dict[str, Any]) -> None:
+def test_a_step_whose_weights_are_undecided_is_not_built_ahead(entries: dict[str, Any]) -> None:
     stream = build(entries)
-    with Prefetcher(lambda step: stream.plan(step).sources.tolist()) as prefetcher:
+    build_step, border = lambda step: stream.plan(step).sources.tolist(), lambda step: step == 1
+    with Prefetcher(build_step, undecided=border) as prefetcher:
         prefetcher.get(0)
-        prefetcher.discard()
         stream.set_weights(1, {"prose": 0, "code": 0, "law": 1})
         assert prefetcher.get(1) == [2] * BATCH
 

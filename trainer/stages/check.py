@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer.config import RunConfig, schedule, validate
+from trainer.config import (
+    RunConfig,
+    open_start,
+    resumes_itself,
+    schedule,
+    start_decisions,
+    starting_checkpoint,
+    validate,
+)
 from trainer.config_problems import report
 from trainer.schedule import ScheduleConfig
 from trainer.stages.load_stages import planned_anchor
@@ -32,7 +40,29 @@ def stage_problems(stage: Stage, stages: Sequence[Stage], world_size: int) -> li
     else:
         found = validate(_without_start(stage.config), world_size)
         found += schedule(stage.config).problems(planned_anchor(stage, stages))
-    return found or list(takeover(stage, stages).problems)
+    return found or [*takeover(stage, stages).problems, *_cap_problems(stage)]
+
+
+def _cap_problems(stage: Stage) -> list[str]:
+    """Sources that do not last for the stage; what an earlier stage is still to read is not counted."""
+    from trainer.data.caps import cap_problems  # brings numpy, which no wrong key needs
+
+    config, state, first = stage.config, None, stage.first_step
+    path = None if stage.waits else starting_checkpoint(config)
+    if path is not None:
+        opened = open_start(config, path)
+        decisions = start_decisions(config, opened, same_run=resumes_itself(config, path))
+        state = opened.manifest.state.get("data") if decisions["data"].verdict == "keep" else None
+        first = opened.manifest.step if decisions["step"].verdict == "keep" else 0
+    return cap_problems(
+        config.data,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        first_step=first,
+        last_step=stage.last_step,
+        state=state,
+        stage=config.run.stage,
+    )
 
 
 def _without_start(config: RunConfig) -> RunConfig:

@@ -65,7 +65,8 @@ def _stage(own: dict[str, Any], file: RunFile, before: Sequence[Stage]) -> Stage
         file.values.setdefault("checkpoint", {})["load"] = str(origin.path(checkpoints))
     config = parse_config(file)
     run_folder = config.run.folder
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_folder / name})})
+    run = config.run.model_copy(update={"dir": run_folder / name, "stage": name})
+    config = config.model_copy(update={"run": run})
     first = _first_step(config, origin, before)
     config = _numbered(config, len(before))
     length = _length(own, config, first, origin, before)
