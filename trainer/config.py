@@ -13,6 +13,8 @@ from checkpoint.config import CheckpointConfig
 from parallel.layout import Layout
 from parallel.settings import Settings
 from trainer.config_problems import explain, report
+from trainer.controllers.config import ControllerConfig
+from trainer.controllers.opening import controller_problems
 from trainer.data.config import DataConfig
 from trainer.losses.config import AuxLossConfig, loss_problems
 from trainer.model.architecture import Architecture
@@ -46,6 +48,7 @@ class RunConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     start: StartConfig = StartConfig()
+    controller: ControllerConfig = ControllerConfig()
     losses: tuple[AuxLossConfig, ...] = ()
     updates: UpdatesConfig = UpdatesConfig()
     slow_weights: SlowWeightsConfig = SlowWeightsConfig()
@@ -167,6 +170,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
     from trainer.data.corpus import data_problems  # brings numpy, which no wrong key needs
 
     problems = data_problems(config.data)
+    problems += controller_problems(config.controller, config.data, eval_every=config.eval.every)
     model: Architecture | None = None
     if not any(problem.startswith("data.tokenizer") for problem in problems):
         try:

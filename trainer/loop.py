@@ -8,14 +8,15 @@ import time
 from checkpoint.attempt import SaveError
 from checkpoint.save import Saved
 from trainer.config import RunConfig
+from trainer.controllers.hook import Mixing
 from trainer.data.prefetch import Prefetcher
-from trainer.evaluation import Evaluator
+from trainer.evaluation import Evaluator, Extent
 from trainer.losses.hook import losses_at
 from trainer.metrics.sink import MetricSink, RunInfo
 from trainer.model.parameters import count_parameters
 from trainer.progress import Progress
 from trainer.session import Session, StepBatches, open_session, saved_sentence
-from trainer.step import NonFiniteError, train_step
+from trainer.step import NonFiniteError, StepReport, train_step
 
 
 def train(config: RunConfig, *, sink: MetricSink) -> None:
@@ -24,7 +25,7 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
     Runs on every rank of an initialised process group; only the first rank's sink takes records.
     """
     session, notes = open_session(config)
-    progress, evaluator = Progress(session), Evaluator(session)
+    progress, evaluator, mixing = Progress(session), Evaluator(session), Mixing(session.hooks)
     sink.start(_info(session, [*notes, *progress.notes]))
     if session.step >= config.train.steps:
         sink.event(
@@ -33,13 +34,16 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
         )
     try:
         if evaluator.due_at_start():
-            sink.evaluation(evaluator.run())
-        with Prefetcher(session.batches, stop=config.train.steps) as prefetcher:
+            _evaluate(evaluator, "whole", mixing, sink)
+        _reweigh(mixing, session.step, sink)
+        ahead = Prefetcher(session.batches, stop=config.train.steps, undecided=mixing.is_border)
+        with ahead as prefetcher:
             while session.step < config.train.steps:
-                _step(session, prefetcher, progress, sink)
+                mixing.add_step(_step(session, prefetcher, progress, sink))
                 last = session.step == config.train.steps
                 if extent := evaluator.due(last=last):
-                    sink.evaluation(evaluator.run(extent))
+                    _evaluate(evaluator, extent, mixing, sink)
+                _reweigh(mixing, session.step, sink)
                 if last or _saves_at(config, session.step):
                     _report_save(sink, session.saver.wait())
                     session.save()
@@ -50,13 +54,25 @@ def train(config: RunConfig, *, sink: MetricSink) -> None:
         sink.close()
 
 
+def _evaluate(evaluator: Evaluator, extent: Extent, mixing: Mixing, sink: MetricSink) -> None:
+    record = evaluator.run(extent)
+    sink.evaluation(record)
+    mixing.add_evaluation(record)
+
+
+def _reweigh(mixing: Mixing, step: int, sink: MetricSink) -> None:
+    """Let the controller change the mixture, after an evaluation and before a save."""
+    if text := mixing.reweigh(step):
+        sink.event(text, step=step)
+
+
 def _saves_at(config: RunConfig, step: int) -> bool:
     return step % config.checkpoint.every == 0 or step in config.checkpoint.at
 
 
 def _step(
     session: Session, prefetcher: Prefetcher[StepBatches], progress: Progress, sink: MetricSink
-) -> None:
+) -> StepReport:
     config = session.config
     began = time.monotonic()
     batches = prefetcher.get(session.step)
@@ -79,6 +95,7 @@ def _step(
     if session.step % config.metrics.every == 0 or session.step == config.train.steps:
         sink.step(progress.record(report, batches.micro_batches, seconds))
     _report_save(sink, session.saver.poll())
+    return report
 
 
 def _report_save(sink: MetricSink, saved: Saved | None) -> None:

@@ -28,6 +28,25 @@ def test_nothing_behind_the_stop_is_built() -> None:
     assert asked == [0, 1]
 
 
+def test_a_step_that_is_not_decided_yet_is_built_when_it_is_asked_for() -> None:
+    asked: list[int] = []
+    decided = threading.Event()
+
+    def build(step: int) -> None:
+        asked.append(step)
+        if step == 2:
+            assert decided.is_set()
+
+    with Prefetcher(build, stop=4, undecided=lambda step: step == 2) as ahead:
+        for step in range(4):
+            if step == 2:
+                ahead._thread.submit(lambda: None).result()  # type: ignore[union-attr]  # the thread is idle
+                assert asked == [0, 1]
+                decided.set()
+            ahead.get(step)
+    assert asked == [0, 1, 2, 3]
+
+
 def test_an_error_appears_at_its_own_step() -> None:
     def build(step: int) -> int:
         if step == 1:

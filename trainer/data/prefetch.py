@@ -16,10 +16,23 @@ class Prefetcher(Generic[T]):
     before a fork. Asking for a step out of order is allowed; it is only not faster.
     """
 
-    def __init__(self, build: Callable[[int], T], *, stop: int | None = None) -> None:
-        """`stop` is the first step that must not be built ahead; None knows no end."""
+    def __init__(
+        self,
+        build: Callable[[int], T],
+        *,
+        stop: int | None = None,
+        undecided: Callable[[int], bool] = lambda _: False,
+    ) -> None:
+        """Build nothing yet.
+
+        Args:
+            stop: the first step that must not be built ahead; None knows no end.
+            undecided: whether what a step is made of is decided only when the one before it is done; such a
+                step is built when it is asked for.
+        """
         self._build = build
         self._stop = stop
+        self._undecided = undecided
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[T]] | None = None
 
@@ -32,15 +45,9 @@ class Prefetcher(Generic[T]):
             result = ahead[1].result()
         else:
             result = self._thread.submit(self._build, step).result()
-        if self._stop is None or step + 1 < self._stop:
+        if (self._stop is None or step + 1 < self._stop) and not self._undecided(step + 1):
             self._ahead = (step + 1, self._thread.submit(self._build, step + 1))
         return result
-
-    def discard(self) -> None:
-        """Throw away what was built ahead: what the next step is made of has changed."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and not ahead[1].cancel():
-            ahead[1].exception()  # wait: what was built ahead must not end after the change
 
     def close(self) -> None:
         """End the thread; a step that is being built ahead is thrown away."""

@@ -225,8 +225,8 @@ class TokenStream(Batches):
     def set_weights(self, step: int, weights: Mapping[str, float]) -> None:
         """From `step` on, deal the sources with these relative weights; call it alike on every rank.
 
-        What each source has been asked for and not been dealt is carried over. Whoever has built batches of
-        `step` ahead throws them away (`Prefetcher.discard`).
+        What each source has been asked for and not been dealt is carried over. Nobody may have built
+        batches of `step` ahead (`Prefetcher`, `undecided`).
 
         Raises:
             ValueError: as `Dealer.set_weights`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from parallel.engine import Engine
 from trainer.config import RunConfig
+from trainer.controllers.hook import make_controller
 from trainer.hooks.hooks import Hooks
 from trainer.losses.hook import make_losses
 from trainer.model.architecture import Architecture
@@ -15,4 +16,4 @@ def make_hooks(config: RunConfig, engine: Engine, model: Architecture) -> Hooks:
 
     Every rank calls it.
     """
-    return Hooks({**make_updates(config, engine, model), **make_losses(config)})
+    return Hooks({**make_updates(config, engine, model), **make_losses(config), **make_controller(config)})
