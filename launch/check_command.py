@@ -66,7 +66,9 @@ def _show(console: Console, stage: Stage, world_size: int, *, gpu: bool) -> None
     console.print(Text(f"layout: {config.parallel.describe(world_size)}", "bold"))
     console.print(layout_table(config.parallel, world_size))
     console.print(stage_table(config, model, execution, world_size=world_size))
-    origin = f"{config.checkpoint.load}, which is still to be made" if stage.waits else _start(config)
+    origin = (
+        f"{config.checkpoint.load}, which is still to be made" if stage.waits else origin_in_words(config)
+    )
     console.print(totals_table(config, model, world_size, origin))
     for line in notes(config):
         console.print(Text("note: ", style="yellow") + Text(line, style="default"))
@@ -202,7 +204,7 @@ def _totals(
     yield "run folder", str(config.run.folder)
 
 
-def _start(config: RunConfig) -> str:
+def origin_in_words(config: RunConfig) -> str:
     """The checkpoint, its format, and what is taken from it."""
     path = starting_checkpoint(config)
     if path is None:

@@ -59,10 +59,11 @@ def read_outcome(plan: Plan, unigram: Mapping[str, float]) -> Outcome:
 
 
 def evaluations(folder: Path) -> dict[int, dict[str, float]]:
-    """Held-out losses by step, of the run in `folder`."""
+    """Held-out losses by step, of the run in `folder`, wherever whole sets were read."""
     return {
         line["step"]: {name: float(loss) for name, loss in line["losses"].items()}
         for line in _lines(folder, "evaluation")
+        if not line.get("dense")
     }
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from checkpoint.convert.run import convert, prepare
 from checkpoint.folder import read_manifest
 from checkpoint.writers.options import WriteOptions
-from launch.check_command import totals_table
+from launch.check_command import origin_in_words, totals_table
 from launch.errors import RankError
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
@@ -191,7 +191,7 @@ def test_check_says_what_it_starts_from(folder: Path, model: transformers.PreTra
     config = run_config(folder, model={"hf": str(folder / "llama")}, checkpoint__load=folder / "llama")
     console = Console(width=300)
     with console.capture() as capture:
-        console.print(totals_table(config, architecture(config), 1))
+        console.print(totals_table(config, architecture(config), 1, origin_in_words(config)))
     line = next(line for line in capture.get().splitlines() if "starts from" in line)
     assert f"{folder / 'llama'}: Hugging Face safetensors, 1 file" in line
     assert "weights alone; step 0" in line
