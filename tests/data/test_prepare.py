@@ -219,8 +219,9 @@ def test_all_problems_with_the_options_at_once(tmp_path: Path) -> None:
         prepare(PrepareOptions((str(tmp_path / "a.txt"),), f"{tmp_path}/", validation_share=2.0, workers=0))
 
 
-def test_a_worker_that_dies_ends_the_run(tmp_path: Path, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_into(64, monkeypatch)
+    lines = write_lines(tmp_path / "in.jsonl", TEXTS * 200)  # more than is done when the first is reported
 
     def kill_a_worker(report: PrepareReport) -> None:
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
