@@ -79,9 +79,15 @@ def test_a_source_leaves_at_the_border_before_it_would_exceed_its_cap(entries: d
     assert shares["prose"] == pytest.approx(shares["law"])
 
 
-def test_a_source_that_left_stays_out_of_what_a_controller_asks(entries: dict[str, Any]) -> None:
-    stream = open_stream(build(entries, None, 0.5, None))
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_source_that_left_stays_out_of_what_a_controller_asks(
+    entries: dict[str, Any], restarted: bool
+) -> None:
+    config = build(entries, None, 0.5, None)
+    stream = open_stream(config)
     stream.plan(60)
+    if restarted:
+        stream = open_stream(config, json.loads(json.dumps(stream.state(61))))
     stream.set_weights(61, {"prose": 0.25, "code": 0.5, "law": 0.25})
     assert stream.weights_at(61) == {"prose": 0.5, "code": 0.0, "law": 0.5}
     assert len(Ledger.of(stream.state(90)).segments) == 2
