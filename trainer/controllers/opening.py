@@ -43,7 +43,9 @@ def open_controller(
             return Velocitune(targets, sets, eta=config.eta, loss=config.loss, state=state)
         case "skillit":
             graph = _but(config.frozen, read_graph(config.graph or {}))
-            columns = {column: sets.get(column, column) for row in graph.values() for column in row}
+            held_out = {entry.name for entry in data.validation}
+            names = dict.fromkeys(column for row in graph.values() for column in row)
+            columns = {name: name if name in held_out else sets[name] for name in names}
             return SkillIt(
                 graph,
                 columns,
