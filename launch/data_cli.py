@@ -181,6 +181,21 @@ def inspect_corpus(
         print_preview(preview(prefix, documents, 400), tokenizer_of(summary.sidecar, tokenizer, eod))
 
 
+@app.command("demo")
+def demo_corpora(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="For the corpora and their tokenizer.")],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write the small corpora that the recipes run on: see `ratoon recipe`.
+
+    From what Python and torch bring along: prose, code, C++ headers, and some made of these. Downloads
+    nothing, and takes a few seconds.
+    """
+    from launch.demo.corpora import show_demo_corpora
+
+    show_demo_corpora(folder, overwrite=overwrite)
+
+
 @app.command("ledger")
 def ledger(
     run: Annotated[

@@ -84,13 +84,16 @@ def choose_code(library: Path | None = None) -> list[str]:
     return chosen
 
 
-def prepare_corpus(name: str, inputs: list[str], folder: Path, *, tokenizer: str) -> Corpus:
+def prepare_corpus(
+    name: str, inputs: list[str], folder: Path, *, tokenizer: str, overwrite: bool = False
+) -> Corpus:
     """Prepare `inputs` as FOLDER/NAME, a tenth of the documents held out."""
     options = PrepareOptions(
         inputs=tuple(inputs),
         output=str(folder / name),
         tokenizer=tokenizer,
         validation_share=HELD_OUT_SHARE,
+        overwrite=overwrite,
     )
     return Corpus(name, folder / name, prepare(options))
 
