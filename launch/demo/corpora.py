@@ -6,20 +6,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from launch.demo import texts
-from launch.demo.corpus import Corpus, prepare_corpus
+from launch.demo.corpus import HELD_OUT_SHARE, Corpus, prepare_corpus
 from launch.demo.plan import VOCABULARY
 
 CORPORA: Mapping[str, tuple[Callable[[], Iterable[texts.Record]], str]] = {
     "prose": (texts.prose, "Python's language reference"),
     "code": (texts.code, "the standard library"),
     "cpp": (texts.cpp, "headers of torch's core"),
-    "code-best": (texts.best_code, "a third of code, most docstrings"),
+    "code-best": (texts.best_code, "a tenth of code, most docstrings"),
     "task": (texts.task, "asyncio, not in code"),
     "questions": (texts.questions, "on packages, with answers"),
     "web": (texts.web, "short pages of the first three"),
 }
 """By name, what makes the documents, and what they are."""
 TOKENIZER_TEXTS = ("prose", "code", "cpp")
+ALL_TRAINED = frozenset({"code-best"})
+"""Corpora without held-out documents of their own: what they are part of has them."""
 
 
 def demo_corpora(
@@ -28,7 +30,7 @@ def demo_corpora(
     """Write FOLDER/NAME{,-validation}.{bin,idx,json}, FOLDER/tokenizer.json and FOLDER/text/NAME.jsonl.
 
     The tokenizer is the same whichever corpora are asked for. A tenth of the documents is held out, chosen by
-    a hash of the text: what `code` holds out is not in `code-best` either. Takes some seconds.
+    a hash of the text; none of `code-best`, which has nothing that `code` holds out. Takes some seconds.
 
     Args:
         names: of CORPORA; all of them when not given.
@@ -51,7 +53,12 @@ def demo_corpora(
     train_bpe([str(written[name]) for name in TOKENIZER_TEXTS], str(tokenizer), vocab_size=VOCABULARY)
     return {
         name: prepare_corpus(
-            name, [str(written[name])], folder, tokenizer=str(tokenizer), overwrite=overwrite
+            name,
+            [str(written[name])],
+            folder,
+            tokenizer=str(tokenizer),
+            share=0.0 if name in ALL_TRAINED else HELD_OUT_SHARE,
+            overwrite=overwrite,
         )
         for name in names
     }

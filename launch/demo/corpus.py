@@ -29,7 +29,7 @@ class Corpus:
 
     @property
     def held_out(self) -> Path:
-        """Prefix of the documents that no run trains on."""
+        """Prefix of the documents that no run trains on, where there are any."""
         return self.prefix.with_name(self.prefix.name + "-validation")
 
 
@@ -84,15 +84,28 @@ def choose_code(library: Path | None = None) -> list[str]:
     return chosen
 
 
+def held_out(text: str) -> bool:
+    """Whether `prepare_corpus` holds this document out: by the hash that `prepare` goes by."""
+    import xxhash
+
+    return xxhash.xxh3_64_intdigest(text.encode()) < int(HELD_OUT_SHARE * 2**64)
+
+
 def prepare_corpus(
-    name: str, inputs: list[str], folder: Path, *, tokenizer: str, overwrite: bool = False
+    name: str,
+    inputs: list[str],
+    folder: Path,
+    *,
+    tokenizer: str,
+    share: float = HELD_OUT_SHARE,
+    overwrite: bool = False,
 ) -> Corpus:
-    """Prepare `inputs` as FOLDER/NAME, a tenth of the documents held out."""
+    """Prepare `inputs` as FOLDER/NAME, a share of the documents held out."""
     options = PrepareOptions(
         inputs=tuple(inputs),
         output=str(folder / name),
         tokenizer=tokenizer,
-        validation_share=HELD_OUT_SHARE,
+        validation_share=share,
         overwrite=overwrite,
     )
     return Corpus(name, folder / name, prepare(options))
