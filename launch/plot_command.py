@@ -70,10 +70,12 @@ def _curve(run_file: Path, stage: Stage, stages: list[Stage]) -> StageCurve:
             f"{where}: the run starts at step {first_step} and train.steps is {config.train.steps}: raise "
             "train.steps to have something to draw"
         )
-    return stage_curve(stage.name, plan, anchor, steps=steps, weights=asked_shares(config.data))
+    return stage_curve(
+        stage.name, plan, anchor, steps=steps, weights=asked_shares(config.data, config.train.global_batch)
+    )
 
 
-def asked_shares(data: DataConfig) -> dict[str, float]:
+def asked_shares(data: DataConfig, global_batch: int) -> dict[str, float]:
     """Share of each source when the stage begins; a corpus is opened only where its size decides.
 
     Raises:
@@ -81,8 +83,11 @@ def asked_shares(data: DataConfig) -> dict[str, float]:
     """
     mixture = data.mixture
     by_size = mixture.temperature or any(group.temperature for group in mixture.groups.values())
-    sizes = {source.name: IndexedReader(source.path).num_tokens if by_size else 1 for source in data.sources}
-    return resolve_weights(mixture, data.sources, sizes)
+    sizes = {
+        source.name: IndexedReader(source.path).num_tokens if by_size and source.path else 1
+        for source in data.sources
+    }
+    return resolve_weights(mixture, data.sources, sizes, global_batch=global_batch)
 
 
 def _from_checkpoint(config: RunConfig) -> tuple[int, Anchor]:

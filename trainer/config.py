@@ -16,6 +16,7 @@ from trainer.config_problems import explain, report
 from trainer.controllers.config import ControllerConfig
 from trainer.controllers.opening import controller_problems
 from trainer.data.config import DataConfig
+from trainer.data.mixture_config import batch_problems
 from trainer.losses.config import AuxLossConfig, loss_problems
 from trainer.model.architecture import Architecture
 from trainer.model.config import ModelConfig
@@ -170,6 +171,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
     from trainer.data.corpus import data_problems  # brings numpy, which no wrong key needs
 
     problems = data_problems(config.data)
+    problems += batch_problems(config.data.mixture, config.data.sources, config.train.global_batch)
     problems += controller_problems(config.controller, config.data, eval_every=config.eval.every)
     model: Architecture | None = None
     if not any(problem.startswith("data.tokenizer") for problem in problems):

@@ -78,7 +78,10 @@ def test_every_problem_at_once_with_line_and_suggestion(run_file: Path) -> None:
         ("train.steps=20.5", "--set: train.steps = 20.5: expected an integer, found a number"),
         ("train.precision=fp16", "--set: train.precision = \"fp16\": expected 'fp32' or 'bf16'"),
         ("train.global_batch=", "--set: train.global_batch is missing: it has no default"),
-        ("data.sources.1.name=code", "line 7: data.sources.1.path is missing: it has no default"),
+        (
+            "data.sources.1.name=code",
+            "line 7: data.sources.1: 'code' needs a path or replay = { of = [...] }, one of the two",
+        ),
         ("eval=3", "--set: eval = 3: expected a table, found an integer"),
     ],
 )

@@ -9,7 +9,7 @@ from trainer.data.config import DataConfig
 from trainer.data.dealing import CapsReachedError, Cursor, Dealer, Terms
 from trainer.data.indexed import IndexedReader
 from trainer.data.position import Position
-from trainer.data.terms import terms_of
+from trainer.data.terms import groups_of, terms_of
 
 EXACT_SEQUENCES = 2_000_000
 """Up to so many sequences a stage is dealt for the answer, which takes seconds at most."""
@@ -45,13 +45,15 @@ def cap_problems(
     """
     if not any(source.max_epochs for source in config.sources):
         return []
-    sizes = {source.name: IndexedReader(source.path).num_tokens for source in config.sources}
+    sizes = {one.name: IndexedReader(one.path).num_tokens if one.path else 1 for one in config.sources}
     terms = terms_of(config, sizes, seed=seed, global_batch=global_batch, stage=stage)
     if any(weight and terms.caps[name] is None for name, weight in terms.weights.items()):
         return []
     start = _start(terms, first_step, state)
+    if not _left(terms, start):
+        return []  # what has a cap takes no part
     if (last_step - first_step) * global_batch <= EXACT_SEQUENCES:
-        reached = _deal(Dealer(terms, start, {one.name: one.group for one in config.sources}), last_step)
+        reached = _deal(Dealer(terms, start, groups_of(config)), last_step)
     else:
         reached = first_step + _surely(terms, start)
     if reached >= last_step:
@@ -85,8 +87,10 @@ def _left(terms: Terms, start: Cursor) -> list[int]:
     """Whole sequences that may still be read of each source in the mixture."""
     return [
         max(0, cap - read) // terms.sequence_length
-        for cap, weight, read in zip(terms.caps.values(), terms.weights.values(), start.read, strict=True)
-        if cap is not None and weight
+        for (name, cap), weight, read in zip(
+            terms.caps.items(), terms.weights.values(), start.read, strict=True
+        )
+        if cap is not None and (weight or name in terms.fixed)
     ]
 
 
@@ -95,7 +99,8 @@ def _surely(terms: Terms, start: Cursor) -> int:
 
     A source leaves when its next step takes more than is left of it. A step has global_batch sequences, so
     fewer are left then, and K steps are dealt with K x global_batch >= what all have left now - sources x
-    (global_batch - 1).
+    (global_batch - 1). Sequences that a source without a cap has in every step do not count.
     """
-    left, batch = _left(terms, start), terms.global_batch
+    endless = sum(count for name, count in terms.fixed.items() if terms.caps[name] is None)
+    left, batch = _left(terms, start), terms.global_batch - endless
     return max(0, -(-(sum(left) - len(left) * (batch - 1)) // batch))

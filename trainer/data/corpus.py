@@ -90,7 +90,7 @@ def open_corpus(prefix: str, tokenizer: Tokenizer) -> IndexedReader:
 
 
 def open_corpora(config: DataConfig, section: Section) -> OpenedCorpora:
-    """The tokenizer of a run, and the corpora of this section in their order.
+    """The tokenizer of a run, and the corpora of this section in their order; replay has none of its own.
 
     Raises:
         ValueError: lists everything that is wrong; of the other section, only which files are missing.
@@ -125,7 +125,7 @@ def _open(
     for section in sections:
         for entry in config.sources if section == "sources" else config.validation:
             where = f"data.{section} {entry.name!r}: "
-            if not any(problem.startswith(where) for problem in known):
+            if entry.path is not None and not any(problem.startswith(where) for problem in known):
                 try:
                     corpora.append(open_corpus(entry.path, tokenizer))
                 except ValueError as error:

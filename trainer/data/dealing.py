@@ -7,18 +7,18 @@ and restarts do not come in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.mixture import deal
+from trainer.data.mixture import deal, spread_out
 from trainer.data.segments import Segment
 from trainer.data.weights import WHOLE, check_names, pass_on, quantise
 
 
 class CapsReachedError(ValueError):
-    """Every source that has a weight has been read as often as it may be."""
+    """Every source that sequences could come from has been read as often as it may be."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class Terms:
         stage: name of the stage.
         sequence_length: tokens in a sequence.
         global_batch: sequences in a step.
-        weights: by source, in its order, in units that sum to WHOLE.
+        weights: by source, in its order, in units that sum to WHOLE: of the sequences that are not fixed.
         sizes: by source, tokens in an epoch.
         caps: by source, the most tokens that may be read of it; None where there is no cap.
+        fixed: of sources with a fixed number of sequences in every step, that number; their weight is 0.
+        moving: sources whose documents change, so that their size does not say which these are.
     """
 
     seed: int
@@ -42,6 +44,8 @@ class Terms:
     weights: dict[str, int]
     sizes: dict[str, int]
     caps: dict[str, int | None]
+    fixed: dict[str, int] = field(default_factory=dict)
+    moving: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,7 +60,7 @@ class Cursor:
     Attributes:
         step: nothing of it has been dealt.
         began: the first step of the segment under way.
-        weights: in force, in units.
+        weights: in force, in units, of the sequences that are not fixed.
         asked: since the segment began, in units.
         dealt: sequences since the segment began.
         read: tokens since the run began.
@@ -114,7 +118,8 @@ class Dealer:
     def set_weights(self, step: int, weights: Mapping[str, float]) -> None:
         """From `step` on, deal with these weights; what the sources are owed is carried over.
 
-        Sources whose cap has been reached stay out, whatever weight they are given.
+        Sources whose cap has been reached stay out, whatever weight they are given; and those with a fixed
+        number of sequences keep it, while the others divide the rest by their weights.
 
         Raises:
             ValueError: the step is before this dealer's first, or before an earlier change; the sources are
@@ -125,10 +130,20 @@ class Dealer:
                 f"the weights of step {step} cannot change: those of step {self.newest_change} are set"
             )
         check_names(weights, self.terms.names)
-        units = quantise(weights)
+        fixed = self.terms.fixed
+        units = quantise({name: 0.0 if name in fixed else one for name, one in weights.items()})
         pass_on(units, self.at(step).left, self._groups)  # raises now rather than when the step is dealt
         self._changes[step] = units
         self._cursors = {at: cursor for at, cursor in self._cursors.items() if at <= step}
+
+    def shares(self, cursor: Cursor) -> dict[str, float]:
+        """Of all sequences, by source, as the weights at this cursor ask for them; they sum to 1."""
+        batch, fixed = self.terms.global_batch, self._fixed(cursor)
+        free = batch - sum(fixed.values())
+        return {
+            name: (fixed.get(name, 0) * WHOLE + free * one) / (batch * WHOLE)
+            for name, one in zip(self.terms.names, cursor.weights, strict=True)
+        }
 
     @property
     def newest_change(self) -> int:
@@ -172,12 +187,29 @@ class Dealer:
     def _fitting(self, cursor: Cursor) -> tuple[Cursor, NDArray[np.int32], list[int]]:
         """Deal the step, again without the sources that it would take beyond their caps."""
         while True:
-            sources = deal(cursor.weights, cursor.lags, self.terms.global_batch)
+            sources = self._dealt(cursor)
             counts = np.bincount(sources, minlength=len(cursor.weights)).tolist()
             full = self._beyond_caps(cursor, counts)
             if not full:
                 return cursor, sources, counts
             cursor = self._without(cursor, full)
+
+    def _fixed(self, cursor: Cursor) -> dict[str, int]:
+        """Sequences of every step that are not dealt by weight, of the sources that have not left."""
+        return {name: count for name, count in self.terms.fixed.items() if name not in cursor.left}
+
+    def _dealt(self, cursor: Cursor) -> NDArray[np.int32]:
+        """The source of each sequence: fixed ones in places of their own, the rest by weight."""
+        batch, fixed = self.terms.global_batch, self._fixed(cursor)
+        if not fixed:
+            return deal(cursor.weights, cursor.lags, batch)
+        sources = np.full(batch, -1, dtype=np.int32)
+        for name, count in fixed.items():
+            free = np.flatnonzero(sources < 0)
+            sources[free[spread_out(count, len(free))]] = self.terms.names.index(name)
+        free = np.flatnonzero(sources < 0)
+        sources[free] = deal(cursor.weights, cursor.lags, len(free))
+        return sources
 
     def _beyond_caps(self, cursor: Cursor, counts: list[int]) -> list[str]:
         places = zip(self.terms.caps.items(), cursor.read, counts, strict=True)
@@ -191,14 +223,17 @@ class Dealer:
     def _without(self, cursor: Cursor, full: list[str]) -> Cursor:
         """A new segment, which these sources are not in."""
         units = dict(zip(self.terms.names, cursor.weights, strict=True))
+        who = "every source" if not self.terms.fixed else "every source without per_batch"
+        problem = CapsReachedError(
+            f"step {cursor.step}: {who} has reached its max_epochs ({', '.join(self.terms.names)}); raise "
+            "data.sources max_epochs, add a source, or lower train.steps"
+        )
         try:
             kept = pass_on(units, full, self._groups)
         except ValueError:
-            raise CapsReachedError(
-                f"step {cursor.step}: every source has reached its max_epochs "
-                f"({', '.join(self.terms.names)}); raise data.sources max_epochs, add a source, or lower "
-                "train.steps"
-            ) from None
+            raise problem from None
+        if not any(kept.values()):  # a source with per_batch leaves its places to nobody
+            raise problem
         nothing = (0,) * len(units)
         return replace(
             cursor,
@@ -212,11 +247,16 @@ class Dealer:
 
     def _advanced(self, cursor: Cursor, counts: list[int]) -> Cursor:
         """One step further."""
-        batch, length = self.terms.global_batch, self.terms.sequence_length
+        terms, fixed = self.terms, self._fixed(cursor)
+        length, free = terms.sequence_length, terms.global_batch - sum(fixed.values())
+        more = (
+            fixed.get(name, 0) * WHOLE + free * one
+            for name, one in zip(terms.names, cursor.weights, strict=True)
+        )
         return replace(
             cursor,
             step=cursor.step + 1,
-            asked=tuple(a + batch * w for a, w in zip(cursor.asked, cursor.weights, strict=True)),
+            asked=tuple(a + m for a, m in zip(cursor.asked, more, strict=True)),
             dealt=tuple(d + n for d, n in zip(cursor.dealt, counts, strict=True)),
             read=tuple(r + length * n for r, n in zip(cursor.read, counts, strict=True)),
         )

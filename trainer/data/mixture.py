@@ -58,6 +58,18 @@ def deal(weights: Sequence[int], lags: Sequence[int], count: int) -> NDArray[np.
     return chosen
 
 
+def spread_out(count: int, places: int) -> NDArray[np.int64]:
+    """`count` of so many places, evenly from the first to the last, int64 [count].
+
+    Sequences are given to data ranks in turn, in blocks of a micro-batch, so from two on they never are all
+    on one rank: the first place is the first rank's, the last one the last rank's.
+    """
+    if count == 1:
+        return np.zeros(1, dtype=np.int64)
+    gaps = count - 1
+    return (2 * np.arange(count, dtype=np.int64) * (places - 1) + gaps) // (2 * gaps)
+
+
 def rank_among_equals(values: NDArray[np.int32]) -> NDArray[np.int64]:
     """How often each value has occurred before its place."""
     order = np.argsort(values, kind="stable")

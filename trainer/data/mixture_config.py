@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator, Field
@@ -37,9 +38,14 @@ class MixtureConfig(Settings):
             2019, arXiv 1901.07291, section 3.1, with alpha = 1/T). 1 draws in proportion to size, a large T
             evenly. None leaves sizes out.
         groups: shares of groups; then every source says its group, and weights and temperature act inside.
+        shares: by source, instead of the source's own `share` or weight.
+
+    Sources with a share or a number of sequences of their own stand beside all of this: the others divide
+    what those leave.
     """
 
     weights: dict[str, Weight] = Field(default_factory=dict)
+    shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     groups: dict[str, Annotated[GroupConfig, BeforeValidator(_bare_share)]] = Field(default_factory=dict)
 
@@ -53,6 +59,10 @@ class MixedSource(Protocol):
     def weight(self) -> float: ...
     @property
     def group(self) -> str | None: ...
+    @property
+    def share(self) -> float | None: ...
+    @property
+    def per_batch(self) -> int | None: ...
 
 
 def own_weight(mixture: MixtureConfig, source: MixedSource) -> float:
@@ -60,19 +70,105 @@ def own_weight(mixture: MixtureConfig, source: MixedSource) -> float:
     return mixture.weights.get(source.name, source.weight)
 
 
+def own_share(mixture: MixtureConfig, source: MixedSource) -> float | None:
+    """The share of all sequences that a source is to have, whatever the others' weights; None without."""
+    return None if _left_out(mixture, source) else mixture.shares.get(source.name, source.share)
+
+
+def own_count(mixture: MixtureConfig, source: MixedSource) -> int | None:
+    """The sequences of every global batch that a source is to have; None without such a number."""
+    return None if _left_out(mixture, source) else source.per_batch
+
+
+def by_weight(mixture: MixtureConfig, source: MixedSource) -> bool:
+    """Whether a source divides with others what shares and fixed numbers leave."""
+    return source.share is None and source.per_batch is None and source.name not in mixture.shares
+
+
+def takes_part(mixture: MixtureConfig, source: MixedSource) -> bool:
+    """Whether any sequence can come from a source."""
+    if not by_weight(mixture, source):
+        return not _left_out(mixture, source)
+    group = mixture.groups.get(source.group) if source.group is not None else None
+    return own_weight(mixture, source) > 0 and not (mixture.groups and group is not None and not group.share)
+
+
+def _left_out(mixture: MixtureConfig, source: MixedSource) -> bool:
+    return mixture.weights.get(source.name) == 0
+
+
 def mixture_problems(mixture: MixtureConfig, sources: Sequence[MixedSource]) -> list[str]:
     """What is wrong with a mixture of these sources, whatever their sizes; empty when nothing is."""
     names = [source.name for source in sources]
     found = [
-        f"data.mixture.weights: no source is named {name!r}{nearest(name, names)}"
-        for name in mixture.weights
+        f"data.mixture.{key}: no source is named {name!r}{nearest(name, names)}"
+        for key, chosen in (("weights", mixture.weights), ("shares", mixture.shares))
+        for name in chosen
         if name not in names
     ]
+    found += _share_problems(mixture, sources)
+    weighted = [source for source in sources if by_weight(mixture, source)]
     if mixture.groups:
-        return found + _group_problems(mixture, sources)
-    if sources and not any(own_weight(mixture, source) for source in sources):
+        return found + _group_problems(mixture, weighted)
+    if weighted and len(weighted) == len(sources) and not any(own_weight(mixture, one) for one in weighted):
         found.append("data.mixture.weights: they sum to zero; give at least one source a weight above 0")
     return found
+
+
+def _share_problems(mixture: MixtureConfig, sources: Sequence[MixedSource]) -> list[str]:
+    """Of the sources that do not go by weight, as far as the size of a batch does not come in."""
+    found = []
+    for source in sources:
+        key = "per_batch" if source.per_batch is not None else "share"
+        if not by_weight(mixture, source) and mixture.weights.get(source.name, 0) > 0:
+            found.append(
+                f"data.mixture.weights: source {source.name!r} has a {key}, so a weight means nothing; "
+                "take it out of data.mixture.weights, or give 0 to leave the source out"
+            )
+        if source.per_batch is not None and source.name in mixture.shares:
+            found.append(
+                f"data.mixture.shares: source {source.name!r} has per_batch = {source.per_batch} already; "
+                "keep one of the two"
+            )
+    shares = _shares(mixture, sources)
+    if sum(shares.values()) > 1:
+        listed = ", ".join(f"{name} {float(share):g}" for name, share in shares.items())
+        found.append(
+            f"data.sources: the shares sum to {float(sum(shares.values())):g}, more than the whole "
+            f"({listed}); lower them"
+        )
+    return found
+
+
+def _shares(mixture: MixtureConfig, sources: Sequence[MixedSource]) -> dict[str, Fraction]:
+    """By source that has one, its share as it is written: 0.1 is a tenth."""
+    found = {source.name: own_share(mixture, source) for source in sources}
+    return {name: Fraction(str(share)) for name, share in found.items() if share is not None}
+
+
+def batch_problems(mixture: MixtureConfig, sources: Sequence[MixedSource], global_batch: int) -> list[str]:
+    """What is wrong with shares and fixed numbers in batches of this size; empty when nothing is."""
+    counts = {source.name: own_count(mixture, source) for source in sources}
+    fixed = {name: count for name, count in counts.items() if count is not None}
+    shares = _shares(mixture, sources)
+    if not fixed and not shares:
+        return []
+    total = sum(shares.values(), start=Fraction(sum(fixed.values()), global_batch))
+    others = [one.name for one in sources if by_weight(mixture, one) and takes_part(mixture, one)]
+    parts = [f"{name} share {float(share):g}" for name, share in shares.items()]
+    parts += [f"{name} per_batch {count}" for name, count in fixed.items()]
+    where = f"data.sources: {', '.join(parts)}, of train.global_batch = {global_batch} sequences,"
+    if total > 1 or (total == 1 and others):
+        return [
+            f"{where} come to {float(total):.4g} of the batch and leave nothing for "
+            f"{', '.join(others) or 'so many'}; lower them, or give weight 0 to what is to be left out"
+        ]
+    if total < 1 and not others:
+        return [
+            f"{where} come to {float(total):.4g} of the batch, and no source with a weight takes the rest; "
+            "add one, or raise them"
+        ]
+    return []
 
 
 def _group_problems(mixture: MixtureConfig, sources: Sequence[MixedSource]) -> list[str]:

@@ -75,7 +75,7 @@ class Position:
             "left": sorted(cursor.left),
             "segments": [segment.to_json(numbers) for segment in segments],
             "replaced": [vars(reading) for reading in self.replaced],
-        }
+        } | ({"per_batch": terms.fixed} if terms.fixed else {})
 
     def resume(self, state: Mapping[str, Any]) -> Position:
         """This run's position when it goes on from `state`.
@@ -123,7 +123,8 @@ class Position:
             (terms.seed, terms.stage, terms.sequence_length, terms.global_batch)
             == (state["seed"], state["stage"], state["sequence_length"], state["global_batch"])
             and [[name, terms.weights[name], terms.caps[name]] for name in terms.names] == state["mixture"]
-            and all(terms.sizes[name] == sizes[name] for name in terms.names)
+            and all(terms.sizes[name] == sizes[name] for name in terms.names if name not in terms.moving)
+            and terms.fixed == state.get("per_batch", {})
         )
 
     def _going_on(self, state: Mapping[str, Any], segments: tuple[Segment, ...]) -> Cursor:
@@ -159,7 +160,8 @@ class Position:
                 seed,
             )
             return readings
-        others = [one for one in readings if terms.sizes.get(one.name, one.epoch_tokens) != one.epoch_tokens]
+        sizes = {name: size for name, size in terms.sizes.items() if name not in terms.moving}
+        others = [one for one in readings if sizes.get(one.name, one.epoch_tokens) != one.epoch_tokens]
         for one in others:
             logger.warning(
                 "source %r has %d tokens, the checkpoint's had %d: other data, so it starts from its "

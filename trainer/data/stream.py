@@ -20,15 +20,14 @@ from numpy.typing import NDArray
 from trainer.data.batch import MicroBatch
 from trainer.data.config import DataConfig
 from trainer.data.corpus import OpenedCorpora, open_corpora
-from trainer.data.dealing import Cursor, Dealer
+from trainer.data.dealing import Dealer
 from trainer.data.indexed import IndexedReader
 from trainer.data.mixture import rank_among_equals
 from trainer.data.order import SourceOrder, Spans, cut, file_spans
 from trainer.data.packing import pack
 from trainer.data.position import Position
-from trainer.data.terms import terms_of
+from trainer.data.terms import groups_of, terms_of
 from trainer.data.tokenizer import Tokenizer
-from trainer.data.weights import WHOLE
 
 
 @dataclass(frozen=True)
@@ -181,14 +180,13 @@ class TokenStream(Batches):
         self._position = Position.begin(
             terms_of(config, sizes, seed=seed, global_batch=global_batch, stage=stage),
             tokenizer=tokenizer.fingerprint,
-            paths={source.name: source.path for source in config.sources},
+            paths={source.name: source.path or "" for source in config.sources},
             first_step=first_step,
         )
         if state is not None:
             self._position = self._position.resume(state)
         self._go_on(state["sources"] if state is not None else [])
-        groups = {source.name: source.group for source in config.sources}
-        self._dealer = Dealer(self._position.terms, self._position.start, groups)
+        self._dealer = Dealer(self._position.terms, self._position.start, groups_of(config))
 
     def _go_on(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Let each source find its place at once where it goes on from what the state says."""
@@ -215,18 +213,19 @@ class TokenStream(Batches):
         `weights_at` says what is dealt at a step.
         """
         with self._lock:
-            return self._shares(self._dealer.at(self._dealer.newest_change))
+            return self._dealer.shares(self._dealer.at(self._dealer.newest_change))
 
     def weights_at(self, step: int) -> dict[str, float]:
         """Shares asked of the sources before `step`, summing to 1; 0 for one whose cap has been reached."""
         with self._lock:
-            return self._shares(self._dealer.at(step))
+            return self._dealer.shares(self._dealer.at(step))
 
     def set_weights(self, step: int, weights: Mapping[str, float]) -> None:
         """From `step` on, deal the sources with these relative weights; call it alike on every rank.
 
-        What each source has been asked for and not been dealt is carried over. Nobody may have built
-        batches of `step` ahead (`Prefetcher`, `undecided`).
+        Those with `per_batch` keep their sequences, and the others divide the rest. What each source has been
+        asked for and not been dealt is carried over. Nobody may have built batches of `step` ahead
+        (`Prefetcher`, `undecided`).
 
         Raises:
             ValueError: as `Dealer.set_weights`.
@@ -234,9 +233,6 @@ class TokenStream(Batches):
         with self._lock:
             self._dealer.set_weights(step, weights)
             self._plans = {at: plan for at, plan in self._plans.items() if at < step}
-
-    def _shares(self, cursor: Cursor) -> dict[str, float]:
-        return {name: one / WHOLE for name, one in zip(self.source_names, cursor.weights, strict=True)}
 
     def _plan(self, step: int) -> StepPlan:
         cursor, sources = self._dealer.deal(step)

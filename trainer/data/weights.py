@@ -6,26 +6,38 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
-from trainer.data.mixture_config import MixedSource, MixtureConfig, mixture_problems, nearest, own_weight
+from trainer.data.mixture_config import (
+    MixedSource,
+    MixtureConfig,
+    batch_problems,
+    by_weight,
+    mixture_problems,
+    nearest,
+    own_count,
+    own_share,
+    own_weight,
+)
 
 WHOLE = 2**32
 """Units in a weight of 1. Weights are whole numbers of units, so what a source is owed is counted exactly."""
 
 
 def resolve_weights(
-    mixture: MixtureConfig, sources: Sequence[MixedSource], sizes: Mapping[str, int]
+    mixture: MixtureConfig, sources: Sequence[MixedSource], sizes: Mapping[str, int], *, global_batch: int = 1
 ) -> dict[str, float]:
     """The share of the sequences that each source is to have, in the order of `sources`; they sum to 1.
 
     With w_i the weight of source i (of the mixture, or else its own), n_i its tokens, T the temperature and
     S_g the share of its group: p_i = S_g / sum S x r_i / (sum of r over the group), r_i = w_i x n_i^(1/T).
-    Without groups all sources are one; without a temperature r_i = w_i.
+    Without groups all sources are one; without a temperature r_i = w_i. A source with a share of its own has
+    that, one with a number of sequences per batch has that number / `global_batch`, and the others' p_i are
+    multiplied by what both leave.
 
     Raises:
         ValueError: lists every source or group that is unknown, empty or without a group where there are
-            groups, and weights or shares that sum to zero.
+            groups, weights or shares that sum to zero, and shares that sum to more than 1.
     """
-    problems = mixture_problems(mixture, sources)
+    problems = mixture_problems(mixture, sources) or batch_problems(mixture, sources, global_batch)
     problems += [
         f"data.sources {source.name!r}: holds no tokens; prepare it from files that have text"
         for source in sources
@@ -33,14 +45,21 @@ def resolve_weights(
     ]
     if problems:
         raise ValueError("the mixture cannot be dealt:\n" + "\n".join(f"- {text}" for text in problems))
+    weighted = [source for source in sources if by_weight(mixture, source)]
+    weights = {
+        source.name: own_share(mixture, source) or (own_count(mixture, source) or 0) / global_batch
+        for source in sources
+        if not by_weight(mixture, source)
+    }
+    rest = 1.0 - math.fsum(weights.values())
     if not mixture.groups:
-        return _shared_out(1.0, mixture, sources, sizes, mixture.temperature)
+        weights |= _shared_out(rest, mixture, weighted, sizes, mixture.temperature)
+        return {source.name: weights[source.name] for source in sources}
     total = math.fsum(group.share for group in mixture.groups.values())
-    weights: dict[str, float] = {}
     for name, group in mixture.groups.items():
-        members = [source for source in sources if source.group == name]
+        members = [source for source in weighted if source.group == name]
         temperature = group.temperature or mixture.temperature
-        weights |= _shared_out(group.share / total, mixture, members, sizes, temperature)
+        weights |= _shared_out(rest * group.share / total, mixture, members, sizes, temperature)
     return {source.name: weights[source.name] for source in sources}
 
 

@@ -58,7 +58,7 @@ def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def _unknown_sources(sources: Iterable[str], data: DataConfig) -> list[str]:
-    known = [*(one.name for one in data.sources), *(one.name for one in data.validation)]
+    known = [*(one.name for one in data.sources if one.path), *(one.name for one in data.validation)]
     unknown = [name for name in sources if name not in known]
     if not unknown:
         return []

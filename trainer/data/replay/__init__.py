@@ -1,0 +1,1 @@
+"""Replay: a source whose documents are those that the run has read before."""
