@@ -17,7 +17,7 @@ from math import isqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.indexed import IndexedReader
+from trainer.data.reader import Documents
 
 BLOCK = 128
 """Documents whose order and lengths are worked out together; few, so that many sources start with little."""
@@ -44,7 +44,7 @@ class Spans:
 class SourceOrder:
     """The endless token stream of one source."""
 
-    def __init__(self, corpus: IndexedReader, *, seed: int, name: str) -> None:
+    def __init__(self, corpus: Documents, *, seed: int, name: str) -> None:
         """`seed` and `name` decide the order, and nothing else does: no other source, no layout."""
         self.corpus = corpus
         self._seed = seed
@@ -56,7 +56,7 @@ class SourceOrder:
         number, place = divmod(tokens, self.corpus.num_tokens)
         documents, begin = passed
         if documents % BLOCK == 0 and documents < len(self.corpus) and begin <= place:
-            key = _key(self._seed, self._name, number)
+            key = order_key(self._seed, self._name, number)
             self._epochs[number] = _Epoch(self.corpus, key, documents // BLOCK, begin)
 
     def passed(self, tokens: int) -> tuple[int, int] | None:
@@ -78,7 +78,7 @@ class SourceOrder:
         if times > epochs + 1:
             return np.empty(0, dtype=np.int64)
         whole = times <= epochs
-        key = None if whole else _key(self._seed, self._name, epochs)
+        key = None if whole else order_key(self._seed, self._name, epochs)
         limit = self.corpus.num_tokens if whole else place
         return np.sort(np.concatenate(list(_read_to_end(self.corpus, key, limit))))
 
@@ -95,11 +95,11 @@ class SourceOrder:
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
             self._epochs = {old: epoch for old, epoch in self._epochs.items() if old == number - 1}
-            self._epochs[number] = _Epoch(self.corpus, _key(self._seed, self._name, number))
+            self._epochs[number] = _Epoch(self.corpus, order_key(self._seed, self._name, number))
         return self._epochs[number]
 
 
-def file_spans(corpus: IndexedReader) -> Spans:
+def file_spans(corpus: Documents) -> Spans:
     """All documents in the order of the file, once."""
     return _join(_Epoch(corpus, None).spans(0, corpus.num_tokens))
 
@@ -107,7 +107,7 @@ def file_spans(corpus: IndexedReader) -> Spans:
 class _Epoch:
     """One pass over the documents; finds the documents at a token without having listed them all."""
 
-    def __init__(self, corpus: IndexedReader, key: int | None, block: int = 0, begin: int = 0) -> None:
+    def __init__(self, corpus: Documents, key: int | None, block: int = 0, begin: int = 0) -> None:
         """`block` is the first block whose first token is known: `begin`."""
         self._corpus = corpus
         self._key = key
@@ -163,7 +163,7 @@ class _Epoch:
         return self._last[1]
 
 
-def _read_to_end(corpus: IndexedReader, key: int | None, tokens: int) -> Iterator[NDArray[np.int64]]:
+def _read_to_end(corpus: Documents, key: int | None, tokens: int) -> Iterator[NDArray[np.int64]]:
     """The documents that lie within the first `tokens` tokens of an epoch, many at a time."""
     at, step = 0, BLOCK * BLOCKS_AHEAD
     yield np.empty(0, dtype=np.int64)
@@ -197,12 +197,12 @@ def permute(indices: NDArray[np.int64], count: int, key: int) -> NDArray[np.int6
 def _feistel(values: NDArray[np.uint64], rows: int, columns: int, key: int) -> NDArray[np.uint64]:
     high, low = np.divmod(values, np.uint64(columns))
     for turn in range(ROUNDS):
-        high = (high + _mix(low, key + 2 * turn)) % np.uint64(rows)
-        low = (low + _mix(high, key + 2 * turn + 1)) % np.uint64(columns)
+        high = (high + mix(low, key + 2 * turn)) % np.uint64(rows)
+        low = (low + mix(high, key + 2 * turn + 1)) % np.uint64(columns)
     return high * np.uint64(columns) + low
 
 
-def _mix(values: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+def mix(values: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     """A 62-bit hash: the finaliser of SplitMix64 (Steele, Lea, Flood 2014, figure 14)."""
     mixed = values + np.uint64(key * 0x9E3779B97F4A7C15 % 2**64)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -210,7 +210,8 @@ def _mix(values: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     return (mixed ^ (mixed >> np.uint64(31))) >> np.uint64(2)
 
 
-def _key(seed: int, name: str, epoch: int) -> int:
+def order_key(seed: int, name: str, epoch: int) -> int:
+    """The key of a source's permutation in an epoch."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
