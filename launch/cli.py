@@ -11,6 +11,7 @@ from rich.console import Console
 
 from launch import checkpoint_cli, data_cli, plot_cli, report_cli
 from launch.errors import ReportingGroup
+from launch.recipe_cli import recipe
 
 app = typer.Typer(
     name="ratoon",
@@ -66,6 +67,7 @@ app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(plot_cli.app, name="plot")
 app.add_typer(report_cli.app, name="report")
+app.command()(recipe)
 
 
 @app.command()
