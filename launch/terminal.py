@@ -93,17 +93,22 @@ def live_line(record: StepRecord, total_steps: int, width: int) -> Table:
 
 def fields(record: StepRecord) -> list[tuple[str, str]]:
     """Names and readable values of one step, the most important first."""
-    found = [("loss", f"{record.loss:.4f}"), ("lr", f"{record.lr:.2e}")]
+    found = [("loss", f"{record.loss:.4f}"), *_auxiliary(record), ("lr", f"{record.lr:.2e}")]
     if record.tokens_per_second is not None:
         found.append(("tok/s", count(record.tokens_per_second)))
-    if (mfu := next(iter(record.mfu.values()), None)) is not None:
-        found.append(("MFU", f"{100 * mfu:.1f}%"))
     if record.eta_seconds is not None:
         found.append(("ETA", duration(record.eta_seconds)))
+    if (mfu := next(iter(record.mfu.values()), None)) is not None:
+        found.append(("MFU", f"{100 * mfu:.1f}%"))
     found.append(("norm", f"{record.grad_norm:.3g}"))
     if len(record.source_losses) > 1:
         found += [(name, f"{loss:.4f}") for name, loss in record.source_losses.items()]
     return found
+
+
+def _auxiliary(record: StepRecord) -> list[tuple[str, str]]:
+    """Means of the auxiliary losses; a dash where the step had no token of their sources."""
+    return [(name, "-" if math.isnan(loss) else f"{loss:.3g}") for name, loss in record.auxiliary.items()]
 
 
 def evaluation_table(record: EvaluationRecord) -> Table:

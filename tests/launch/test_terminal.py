@@ -1,5 +1,6 @@
 """What a person sees while a run trains, on a terminal and in a file."""
 
+import dataclasses
 import io
 import math
 
@@ -43,7 +44,7 @@ def test_a_file_gets_a_line_for_every_record_and_no_control_characters() -> None
     assert lines[:4] == [
         "run: TP2 PP2 DP1, 1.23M parameters",
         "kernels: portable",
-        "step 7/200  loss 2.3457  lr 3.00e-04  tok/s 12.3k  MFU 41.2%  ETA 1:02:03  norm 1.25"
+        "step 7/200  loss 2.3457  lr 3.00e-04  tok/s 12.3k  ETA 1:02:03  MFU 41.2%  norm 1.25"
         "  prose 2.2000  code 2.5000",
         "step 7: saved (1.2 GiB, stall 0.03 s)",
     ]
@@ -78,6 +79,16 @@ def test_eighty_columns_have_room_for_what_matters() -> None:
         "MFU",
         "ETA",
     ]
+
+
+def test_auxiliary_losses_stand_behind_the_loss_in_eighty_columns() -> None:
+    record = dataclasses.replace(RECORD, auxiliary={"kl": 0.012345, "z": math.nan})
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(live_line(record, 20_000, 80))
+    line = " ".join(capture.get().split())
+    assert "loss 2.3457 kl 0.0123 z - lr 3.00e-04 tok/s 12.3k" in line
+    assert "ETA" in line
 
 
 @pytest.mark.parametrize(
