@@ -17,6 +17,8 @@ DOCUMENT_CHARACTERS = 4000
 CODE_BYTES = 1_500_000
 LARGEST_MODULE = 60_000
 HELD_OUT_SHARE = 0.1
+MADE_BY_MACHINE = "_sysconfigdata"
+"""What the module begins with that describes the machine on which this Python was built."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def write_prose(path: Path) -> None:
 def choose_code(library: Path | None = None) -> list[str]:
     """The standard library's modules of ordinary size, in the order of their names, up to CODE_BYTES.
 
+    The same on every machine: what was written when Python was built is left out.
+
     Raises:
         ValueError: this Python has come without the source of its library.
     """
@@ -73,7 +77,8 @@ def choose_code(library: Path | None = None) -> list[str]:
     total = 0
     for path in sorted(library.glob("*.py")):
         size = path.stat().st_size
-        if size <= LARGEST_MODULE and total + size <= CODE_BYTES:
+        written = not path.name.startswith(MADE_BY_MACHINE)
+        if written and size <= LARGEST_MODULE and total + size <= CODE_BYTES:
             chosen.append(str(path))
             total += size
     if not chosen:

@@ -46,6 +46,10 @@ def test_the_task_is_not_in_the_code(folder: Path) -> None:
     assert IndexedReader(str(folder / "task")).tokens.size > 50_000
 
 
+def test_the_code_is_what_people_wrote() -> None:
+    assert not any("_sysconfigdata" in record["url"] for record in code())
+
+
 def test_all_share_one_tokenizer(folder: Path) -> None:
     assert load_tokenizer(str(folder / "tokenizer.json"), None).vocab_size == 1024
     for name in CORPORA:
