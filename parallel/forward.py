@@ -30,6 +30,10 @@ class Batch(Protocol):
     def documents(self) -> torch.Tensor: ...
     @property
     def sources(self) -> torch.Tensor: ...
+    @property
+    def objectives(self) -> torch.Tensor: ...
+    @property
+    def groups(self) -> torch.Tensor: ...
 
 
 # (losses of every token, loss weights, sources: [b, s/CP] each) -> (sum to differentiate, report)
@@ -45,12 +49,16 @@ class LastStage:
         logits: fp32 [b, s/CP, V/TP], this tensor rank's columns; padded ones are the lowest number there is.
         loss_weights: float32 [b, s/CP].
         sources: int32 [b, s/CP].
+        objectives: int32 [b, s/CP].
+        groups: int32 [b, s/CP].
     """
 
     number: int
     logits: torch.Tensor
     loss_weights: torch.Tensor
     sources: torch.Tensor
+    objectives: torch.Tensor
+    groups: torch.Tensor
 
 
 # what else is summed and differentiated besides the loss -> (sum, columns to append to the loss's report)
@@ -95,7 +103,8 @@ def run_micro_batches(
             return loss(output, *columns)
         losses = _cross_entropy(engine.chunks[-1], step.mine(step.batch.labels), output)
         total, report = loss(losses, *columns)
-        more, further = on_logits(LastStage(step.number, output, *columns))
+        others = step.mine(step.batch.objectives), step.mine(step.batch.groups)
+        more, further = on_logits(LastStage(step.number, output, *columns, *others))
         return total + more, torch.cat([report, further], 1)
 
     forward = partial(_forward_step, model=engine, finish=finish, with_labels=on_logits is None)

@@ -18,6 +18,7 @@ from launch.ranks import run_ranks
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from trainer.build import build_engine, execution_here
+from trainer.data.batch import NEXT_TOKEN, NO_GROUP
 from trainer.model.config import ModelConfig
 from trainer.optimizer import OptimizerConfig
 from trainer.step import train_step
@@ -72,6 +73,8 @@ class RandomBatch:
     positions: torch.Tensor
     documents: torch.Tensor
     sources: torch.Tensor
+    objectives: torch.Tensor
+    groups: torch.Tensor
 
 
 def random_batch(step: int, index: int) -> RandomBatch:
@@ -92,6 +95,8 @@ def random_batch(step: int, index: int) -> RandomBatch:
         positions=torch.arange(SEQUENCE) - first,
         documents=documents,
         sources=torch.full((1, SEQUENCE), index % 2, dtype=torch.int32),
+        objectives=torch.full((1, SEQUENCE), NEXT_TOKEN, dtype=torch.int32),
+        groups=torch.full((1, SEQUENCE), NO_GROUP, dtype=torch.int32),
     )
 
 

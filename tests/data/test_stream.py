@@ -11,13 +11,13 @@ import torch
 
 from tests.data.corpora import EOD, ragged, write_tokens, write_words
 from trainer.data import corpus
-from trainer.data.batch import MicroBatch
+from trainer.data.batch import COLUMNS, MicroBatch
 from trainer.data.config import DataConfig
 from trainer.data.indexed import IndexedReader
 from trainer.data.stream import Batches, TokenStream, ValidationStream, open_validation
 from trainer.data.tokenizer import Tokenizer
 
-FIELDS = ("tokens", "labels", "loss_weights", "positions", "documents", "sources")
+FIELDS = tuple(COLUMNS)
 LENGTH, BATCH = 16, 8
 
 
@@ -81,7 +81,7 @@ def test_types_and_shapes(entries: dict[str, Any]) -> None:
     for one in (batch, second):
         assert {tuple(getattr(one, name).shape) for name in FIELDS} == {(2, LENGTH)}
     kinds = [getattr(batch, name).dtype for name in FIELDS]
-    assert kinds == [torch.int64, torch.int64, torch.float32, torch.int64, torch.int32, torch.int32]
+    assert kinds == [torch.int64, torch.int64, torch.float32, torch.int64] + [torch.int32] * 4
 
 
 def test_every_token_once_an_epoch_and_every_neighbour_learnt_once(entries: dict[str, Any]) -> None:

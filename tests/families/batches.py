@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.data.batch import MicroBatch
+from trainer.data.batch import NEXT_TOKEN, NO_GROUP, MicroBatch
 
 SEQUENCE = 32
 DOCUMENTS = ((11, 21), (1, 6, 25), (32,), (8, 8, 15, 1))  # lengths, for each of the sequences
@@ -28,6 +28,8 @@ def packed_batch(
         positions=positions,
         documents=numbers,
         sources=torch.zeros(rows, SEQUENCE, dtype=torch.int32),
+        objectives=torch.full((rows, SEQUENCE), NEXT_TOKEN, dtype=torch.int32),
+        groups=torch.full((rows, SEQUENCE), NO_GROUP, dtype=torch.int32),
     )
 
 

@@ -17,7 +17,7 @@ from parallel.layout import Layout
 from parallel.mesh import build_mesh, destroy_mesh
 from tools.gpu.report import Table
 from trainer.build import build_engine, execution_here
-from trainer.data.batch import MicroBatch
+from trainer.data.batch import NEXT_TOKEN, NO_GROUP, MicroBatch
 from trainer.flops import training_flops
 from trainer.memory import Batch, estimate_memory
 from trainer.model.architecture import Architecture
@@ -180,6 +180,8 @@ def _batch(stack: Stack, seed: int, *, documents: bool) -> MicroBatch:
         positions=places - torch.where(starts, places, 0).cummax(1).values,
         documents=starts.int().cumsum(1).int(),
         sources=torch.zeros(1, stack.sequence, dtype=torch.int32),
+        objectives=torch.full((1, stack.sequence), NEXT_TOKEN, dtype=torch.int32),
+        groups=torch.full((1, stack.sequence), NO_GROUP, dtype=torch.int32),
     )
 
 

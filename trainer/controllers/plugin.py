@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import Any
 
 from trainer.controllers.protocol import History, KeepWeightsError, MixtureController, as_json
 from trainer.controllers.shares import checked
+from trainer.entry_points import find_entry_point
 
 GROUP = "ratoon.controllers"
 """The entry points that are controllers."""
@@ -24,26 +23,11 @@ def find_factory(name: str) -> Factory:
     Raises:
         ValueError: there is none, or its module cannot be imported.
     """
-    module, colon, attribute = name.partition(":")
-    try:
-        if colon:
-            found: Any = importlib.import_module(module)
-            for part in attribute.split("."):
-                found = getattr(found, part)
-        else:
-            entry = next(iter(entry_points(group=GROUP, name=name)), None)
-            if entry is None:
-                known = sorted(one.name for one in entry_points(group=GROUP))
-                raise ValueError(
-                    f"controller.plugin: no entry point of the group {GROUP!r} is called {name!r}; there are "
-                    f"{', '.join(known) or 'none'}. Install the plug-in, or write module:attribute"
-                )
-            found = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"controller.plugin: {name} cannot be loaded: {error}") from error
+    found = find_entry_point(name, group=GROUP, key="controller.plugin")
     if not callable(found):
         raise ValueError(f"controller.plugin: {name} is no callable (options, sources, state) -> controller")
-    return found  # type: ignore[no-any-return]
+    factory: Factory = found
+    return factory
 
 
 class Plugin:

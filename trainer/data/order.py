@@ -36,9 +36,17 @@ class Spans:
     """[n] first token, counted from the start of the file"""
     lengths: NDArray[np.int64]
     """[n] tokens, all above 0"""
+    given: NDArray[np.int64] | None = None
+    """[n] how many of the first tokens are read and not learnt; None where none is"""
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    @property
+    def learnt(self) -> int:
+        """Labels that count: every token but the first of its run, and but those that are given."""
+        skipped = 1 if self.given is None else np.maximum(self.given, 1)
+        return int((self.lengths - skipped).sum())
 
 
 class SourceOrder:

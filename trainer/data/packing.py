@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.order import Spans
+from trainer.data.reader import Tokens
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sequences:
 
 
 def pack(
-    tokens: NDArray[Any],
+    tokens: Tokens,
     spans: Spans,
     rows: NDArray[np.int64],
     *,
@@ -40,7 +40,8 @@ def pack(
             count documents at every span; else a sequence is one document.
 
     The label of a token is the next token of the layout. Its loss weight is 0 where that token begins another
-    document: every pair of neighbours inside a document is learnt exactly once, wherever the cuts fall.
+    document, or where it is given (`Spans.given`): every other pair of neighbours inside a document is learnt
+    exactly once, wherever the cuts fall.
     """
     ends = np.cumsum(spans.lengths)
     starts = np.concatenate([ends - spans.lengths, ends[-1:]])  # behind the last span, padding
@@ -51,17 +52,20 @@ def pack(
     begins = np.append(spans.begins, 0)
     index = np.where(padding, 0, begins[which] + places - starts[which])
     ids = np.where(padding, fill, tokens[index].astype(np.int64))
-    same = (which[:, :-1] == which[:, 1:]) & ~padding[:, :-1]
+    learnt = (which[:, :-1] == which[:, 1:]) & ~padding[:, :-1]
+    if spans.given is not None:
+        given = np.append(starts[:-1] + spans.given, 0)
+        learnt &= places[:, 1:] >= given[which[:, 1:]]
     if document_mask:
         positions = (places - np.maximum(starts[which], first))[:, :-1]
         documents = which[:, :-1] - which[:, :1]
     else:
-        positions = np.broadcast_to(np.arange(length), same.shape)
-        documents = np.broadcast_to(0, same.shape)
+        positions = np.broadcast_to(np.arange(length), learnt.shape)
+        documents = np.broadcast_to(0, learnt.shape)
     return Sequences(
         ids[:, :-1],
         ids[:, 1:],
-        same.astype(np.float32),
+        learnt.astype(np.float32),
         positions.astype(np.int64),
         documents.astype(np.int32),
     )

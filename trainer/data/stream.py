@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data.batch import MicroBatch
+from trainer.data.batch import COLUMNS, NEXT_TOKEN, NO_GROUP, MicroBatch
 from trainer.data.config import DataConfig
 from trainer.data.corpus import OpenedCorpora, open_corpora
 from trainer.data.dealing import Dealer
@@ -43,8 +43,8 @@ class StepPlan:
 
     @property
     def valid_tokens(self) -> int:
-        """Sum of the loss weights of the whole step: every token of a span but its last has a label."""
-        return sum(int(spans.lengths.sum()) - len(spans) for spans in self.spans.values())
+        """Labels of the whole step that count."""
+        return sum(spans.learnt for spans in self.spans.values())
 
 
 class Batches(ABC):
@@ -64,6 +64,7 @@ class Batches(ABC):
         self.global_batch = global_batch
         self.sequence_length = config.sequence_length
         self._document_mask = config.document_mask
+        self._groups = [NO_GROUP] * len(names)
         self._corpora = corpora
         self._plans: dict[int, StepPlan] = {}
         self._lock = threading.Lock()  # the next step is planned in a thread while this one is looked at
@@ -110,10 +111,8 @@ class Batches(ABC):
     def _read(self, plan: StepPlan, slots: NDArray[np.int64]) -> list[torch.Tensor]:
         """The fields of a MicroBatch for these sequences of the step, [slots, s] each."""
         shape = (len(slots), self.sequence_length)
-        kinds = (np.int64, np.int64, np.float32, np.int64, np.int32, np.int32)
-        tokens, labels, loss_weights, positions, documents, sources = (
-            np.empty(shape, kind) for kind in kinds
-        )
+        columns: dict[str, NDArray[Any]] = {name: np.empty(shape, kind) for name, kind in COLUMNS.items()}
+        columns["objectives"][:] = NEXT_TOKEN
         for source in np.unique(plan.sources[slots]).tolist():
             chosen = np.flatnonzero(plan.sources[slots] == source)
             packed = pack(
@@ -125,15 +124,11 @@ class Batches(ABC):
                 document_mask=self._document_mask,
             )
             self._check_ids(source, packed.tokens, packed.labels[:, -1])
-            tokens[chosen] = packed.tokens
-            labels[chosen] = packed.labels
-            loss_weights[chosen] = packed.loss_weights
-            positions[chosen] = packed.positions
-            documents[chosen] = packed.documents
-            sources[chosen] = source
-        return [
-            torch.from_numpy(one) for one in (tokens, labels, loss_weights, positions, documents, sources)
-        ]
+            for name, column in vars(packed).items():
+                columns[name][chosen] = column
+            columns["sources"][chosen] = source
+            columns["groups"][chosen] = self._groups[source]
+        return [torch.from_numpy(column) for column in columns.values()]
 
     def _check_ids(self, source: int, *ids: NDArray[np.int64]) -> None:
         low, high = min(int(one.min()) for one in ids), max(int(one.max()) for one in ids)

@@ -22,10 +22,8 @@ from parallel.frozen import FrozenModel
 from parallel.mesh import Mesh
 from parallel.second_mesh import SecondMesh
 from parallel.top_k import TopK, spread, top_k
-from trainer.data.batch import MicroBatch
+from trainer.data.batch import COLUMNS, MicroBatch
 from trainer.losses.targets import Reading
-
-_COLUMNS = ("tokens", "labels", "loss_weights", "positions", "documents", "sources")
 
 
 @dataclass
@@ -88,9 +86,7 @@ class OtherLayout:
             if mesh.tensor_rank == 0:  # tensor ranks have the same answers
                 found.update(zip(dealt[place], _rows(answer), strict=True))
 
-        parts = [
-            MicroBatch(**{name: getattr(whole, name)[numbers] for name in _COLUMNS}) for numbers in dealt
-        ]
+        parts = [MicroBatch(**{name: getattr(whole, name)[numbers] for name in COLUMNS}) for numbers in dealt]
         forward_logits(self.model, parts, keep, document_mask=self.reading.document_mask)
         return found
 
@@ -133,7 +129,7 @@ class OtherLayout:
 def gather_batch(mesh: Mesh, batches: Sequence[Batch]) -> MicroBatch:
     """All sequences of the step, [global batch, s], in the order of their numbers, on every rank's host."""
     columns = {}
-    for name in _COLUMNS:
+    for name in COLUMNS:
         own = torch.stack([getattr(batch, name) for batch in batches])  # [micro-batches, b, s]
         parts = [torch.empty_like(own) for _ in range(mesh.data)]
         dist.all_gather(parts, own, group=mesh.groups.dp)

@@ -10,7 +10,7 @@ import torch
 from parallel.context import context_spans
 from parallel.engine import Engine
 from parallel.forward import run_micro_batches
-from trainer.data.batch import MicroBatch
+from trainer.data.batch import NEXT_TOKEN, NO_GROUP, MicroBatch
 from trainer.loss import token_loss
 
 EMBEDDING, LOGITS = "embedding", "logits"
@@ -57,6 +57,8 @@ def random_batch(vocab_size: int, rows: int, length: int, *, seed: int = 0) -> M
         positions=torch.arange(length).repeat(rows, 1),
         documents=torch.zeros(rows, length, dtype=torch.int32),
         sources=torch.zeros(rows, length, dtype=torch.int32),
+        objectives=torch.full((rows, length), NEXT_TOKEN, dtype=torch.int32),
+        groups=torch.full((rows, length), NO_GROUP, dtype=torch.int32),
     )
 
 

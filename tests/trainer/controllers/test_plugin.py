@@ -105,5 +105,5 @@ def test_what_cannot_be_found_is_named(name: str, words: str) -> None:
 def test_an_entry_point_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("agent", HERE + "Counting", module.GROUP)
     known = EntryPoints([entry])
-    monkeypatch.setattr(module, "entry_points", lambda **wanted: known.select(**wanted))
+    monkeypatch.setattr("trainer.entry_points.entry_points", lambda **wanted: known.select(**wanted))
     assert find_factory("agent").__name__ == "Counting"
