@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from launch.demo.corpus import CODE_BYTES, LARGEST_MODULE, choose_code, held_out, prose_documents
@@ -75,11 +76,10 @@ def best_code() -> list[Record]:
     """
     records = list(code())
     most = BEST_SHARE * sum(len(record["text"]) for record in records)
-    chosen: set[str] = set()
-    for record in sorted(records, key=lambda record: -docstring_share(record["text"])):
-        if len(record["text"]) <= most and not held_out(record["text"]):
-            most -= len(record["text"])
-            chosen.add(record["url"])
+    trained = [record for record in records if not held_out(record["text"])]
+    trained.sort(key=lambda record: docstring_share(record["text"]), reverse=True)
+    sizes = accumulate(len(record["text"]) for record in trained)
+    chosen = {record["url"] for record, size in zip(trained, sizes, strict=True) if size <= most}
     return [record for record in records if record["url"] in chosen]
 
 
