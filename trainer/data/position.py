@@ -112,7 +112,7 @@ class Position:
             raise ValueError(
                 f"data.tokenizer: its fingerprint is {self.tokenizer}, that of the checkpoint's run was "
                 f"{made}: the weights have learnt other ids. Set data.tokenizer and data.eod back, or begin "
-                'a new run from the weights alone: checkpoint.load with start.policy = "weights"'
+                'a new run from the weights alone: start.policy = "weights" with start.vocabulary = "change"'
             )
 
     def _same_terms(self, state: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from trainer.config import (
     validate,
 )
 from trainer.config_problems import report
+from trainer.data.mixture_config import nearest
 from trainer.schedule import ScheduleConfig
 from trainer.stages.load_stages import planned_anchor
 from trainer.stages.plan import takeover
@@ -25,10 +26,15 @@ def check_stages(stages: Sequence[Stage], world_sizes: Sequence[int], *, name: s
 
     What a stage takes from one that has not run is checked as far as the run file says it.
     """
-    problems: list[str] = []
+    found: dict[str, list[str]] = {}
     for stage, world_size in zip(stages, world_sizes, strict=True):
-        found = stage_problems(stage, stages, world_size)
-        problems += [f"stage {stage.name}: {one}" for one in found] if len(stages) > 1 else found
+        for problem in stage_problems(stage, stages, world_size):
+            found.setdefault(problem, []).append(stage.name)
+    problems = [
+        f"stage{'s' * (len(names) > 1)} {', '.join(names)}: {problem}" if len(stages) > 1 else problem
+        for problem, names in found.items()
+    ]
+    problems += validation_problems(stages)
     if problems:
         raise ValueError(report(name, problems))
 
@@ -41,6 +47,33 @@ def stage_problems(stage: Stage, stages: Sequence[Stage], world_size: int) -> li
         found = validate(_without_start(stage.config), world_size)
         found += schedule(stage.config).problems(planned_anchor(stage, stages))
     return found or [*takeover(stage, stages).problems, *_cap_problems(stage)]
+
+
+def validation_problems(stages: Sequence[Stage]) -> list[str]:
+    """Validation sets held out of a source that no stage has, nor the run whose checkpoint the first goes on
+    from; a stage need not have the sources that it is evaluated on."""
+    sets = {one.name: one.source for stage in stages for one in stage.config.data.validation if one.source}
+    known = {source.name for stage in stages for source in stage.config.data.sources}
+    if not known.issuperset(sets.values()):
+        known |= {name for stage in stages for name in _read_before(stage)}
+    return [
+        f"data.validation {name!r}: source = {source!r} is no source of the run; leave it out where the "
+        f"set is held out of none{nearest(source, known)}"
+        for name, source in sets.items()
+        if source not in known
+    ]
+
+
+def _read_before(stage: Stage) -> list[str]:
+    """Sources of the checkpoint that a stage goes on from, where no stage of this run file makes it."""
+    if stage.origin is not None:
+        return []
+    try:
+        path = starting_checkpoint(stage.config)
+        state = open_start(stage.config, path).manifest.state if path is not None else {}
+    except ValueError:
+        return []  # said already
+    return [one["name"] for one in (state.get("data") or {}).get("sources", ())]
 
 
 def _cap_problems(stage: Stage) -> list[str]:

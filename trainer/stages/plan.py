@@ -17,9 +17,19 @@ from trainer.config import (
     start_decisions,
     starting_checkpoint,
 )
+from trainer.model.architecture import Architecture
+from trainer.model.parameters import logical_parameters
 from trainer.schedule import Anchor, Schedule, ScheduleConfig
 from trainer.stages.anchoring import anchor_of
 from trainer.stages.decisions import Decision
+from trainer.stages.fitting import (
+    SHAPING,
+    fingerprint_of,
+    held_fields,
+    held_shapes,
+    shape_problems,
+    tokenizer_problems,
+)
 from trainer.stages.load_stages import OURS, planned_anchor
 from trainer.stages.stage import Stage
 
@@ -70,12 +80,15 @@ def takeover(stage: Stage, stages: Sequence[Stage]) -> Takeover:
     config = stage.config
     if stage.waits:
         state = planned_state(stage, stages)
+        before = Architecture.model_validate(state["model"])
+        shapes, stated = logical_parameters(before), before.model_dump(include=set(SHAPING))
         origin, same_run = f"{config.checkpoint.load}, which is still to be made", False
     else:
         path = starting_checkpoint(config)
         if path is None:
             return Takeover(stage.name, "")
         opened = open_start(config, path)
+        shapes, stated = held_shapes(opened), held_fields(opened)
         same_run = path.parent == config.run.checkpoints and config.checkpoint.resume
         origin = f"{path} ({opened.format})"
         state = {"step": opened.manifest.step, **opened.manifest.state}
@@ -86,6 +99,8 @@ def takeover(stage: Stage, stages: Sequence[Stage]) -> Takeover:
     except ValueError as error:
         return Takeover(stage.name, origin, (), tuple(str(error).splitlines()))
     rows, problems = _rows(config, decisions, state)
+    problems += shape_problems(architecture(config), shapes, stated)
+    problems += tokenizer_problems(config, state, keeps_data=decisions["data"].verdict == "keep")
     if not same_run:
         problems += _schedule_problems(config, decisions, state) + _anneal_problems(config, state)
     return Takeover(stage.name, origin, tuple(rows), tuple(problems))
@@ -105,7 +120,10 @@ def planned_state(stage: Stage, stages: Sequence[Stage]) -> dict[str, Any]:
             "phase": schedule(config).phase(step - 1, anchor),
             "form": config.schedule.model_dump(mode="json"),
         },
-        "data": {"sequence_length": config.data.sequence_length},
+        "data": {
+            "sequence_length": config.data.sequence_length,
+            "tokenizer": fingerprint_of(config),
+        },
         "model": architecture(config).model_dump(mode="json"),
         "config": config.model_dump(mode="json"),
         "layout": asdict(config.parallel),
@@ -147,7 +165,7 @@ def _with_sameness(
     """Rows for what the checkpoint and the run file both say, and what must be the same and is not."""
     model, problems = architecture(config), []
     pairs = {
-        "vocabulary": (state.get("model", {}).get("vocab_size"), model.vocab_size),
+        "vocabulary": _vocabularies(config, model, state),
         "sequence_length": (state.get("data", {}).get("sequence_length"), config.data.sequence_length),
         "rope": (_rope(state.get("model", {})), _rope(model.model_dump(mode="json"))),
         "layout": (_layout(state.get("layout")), _layout(asdict(config.parallel))),
@@ -157,12 +175,19 @@ def _with_sameness(
         rows.append(
             Row(field, str(before or "not said"), str(now), "kept" if same else "changed", "the run file")
         )
-        if not same and getattr(config.start, field) == "keep":
+        if not same and field != "vocabulary" and getattr(config.start, field) == "keep":
             problems.append(
-                f"start.{field} is keep, the checkpoint has {before} and the run file {now}: make them equal"
-                + ("" if field == "vocabulary" else f', or set start.{field} = "change"')
+                f"start.{field} is keep, the checkpoint has {before} and the run file {now}: make them "
+                f'equal, or set start.{field} = "change"'
             )
     return rows, problems
+
+
+def _vocabularies(config: RunConfig, model: Architecture, state: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Ids and tokenizer of the checkpoint, as far as it says them, and of the run file."""
+    now = fingerprint_of(config)
+    ids, before = state.get("model", {}).get("vocab_size"), state.get("data", {}).get("tokenizer", now)
+    return None if ids is None else f"{ids} ids, {before}", f"{model.vocab_size} ids, {now}"
 
 
 def _schedule_words(saved: Mapping[str, Any] | None, lr: float | None) -> str:

@@ -30,7 +30,9 @@ class StartConfig(Settings):
             `rewarm_from`; "reset" begins at this point as a new run does, from schedule.warmup_init_lr.
         data: how far each source has been read.
         random: the ranks' random streams, on the same layout only.
-        vocabulary, sequence_length, rope, layout: "keep" refuses another one than the checkpoint's.
+        vocabulary: "keep" refuses another tokenizer than the checkpoint's; "change" takes one with as many
+            ids, knowingly.
+        sequence_length, rope, layout: "keep" refuses another one than the checkpoint's.
         rewarm_from: where an anchored schedule's warm-up starts: at the checkpoint's learning rate, at 0, or
             at optimizer.min_lr.
     """
@@ -41,7 +43,7 @@ class StartConfig(Settings):
     schedule: Literal["keep", "anchor", "reset"] | None = None
     data: Keep | None = None
     random: Keep | None = None
-    vocabulary: Literal["keep"] = "keep"
+    vocabulary: Same = "keep"
     sequence_length: Same = "change"
     rope: Same = "change"
     layout: Same = "change"
