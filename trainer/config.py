@@ -184,7 +184,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
         problems += _length_problems(config, model)
         problems += loss_problems(
             config.losses,
-            [source.name for source in config.data.sources],
+            config.data.sources,
             vocab_size=model.vocab_size,
             global_batch=config.train.global_batch,
             world_size=world_size,

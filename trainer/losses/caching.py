@@ -32,10 +32,11 @@ def cache_targets(config: RunConfig, name: str, folder: Path) -> CacheHeader:
     loss = found[0]
     assert loss.top_k is not None
     session, _ = open_session(config.model_copy(update={"losses": ()}))
-    names = session.stream.source_names
-    setting = setting_of(config, session.engine, session.model, source_names=names, lineage=session.lineage)
+    setting = setting_of(config, session.engine, session.model, lineage=session.lineage)
     model, identity = open_reference(loss, setting, session.mesh, None)
-    reading = Reading((True,) * len(names), loss.temperature, loss.top_k, config.data.document_mask)
+    reading = Reading(
+        (True,) * len(config.data.sources), loss.temperature, loss.top_k, config.data.document_mask
+    )
     header = CacheHeader(
         first_step=session.step,
         steps=config.train.steps - session.step,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 
 from parallel.layout import Layout
 from parallel.settings import Settings
+from trainer.data.choice import Described, choice_problems, is_chosen
 
 START = "start"
 
@@ -30,7 +30,8 @@ class AuxLossConfig(Settings):
     weight: float = Field(ge=0, allow_inf_nan=False)
     """0 measures the loss and leaves every number of the training as it is."""
     sources: tuple[str, ...] = ("*",)
-    """Names of `[[data.sources]]`, or patterns such as "replay-*": only their tokens are in this loss."""
+    """Only tokens of these sources are in this loss: names of `[[data.sources]]`, patterns such as
+    "replay-*", groups and tags, as in "group:web" and "tag:language=de"."""
     from_step: int = Field(default=0, ge=0)
     """Steps done before it begins, counted through the whole run."""
     until_step: int | None = Field(default=None, gt=0)
@@ -89,9 +90,9 @@ class AuxLossConfig(Settings):
         """Whether the loss is on in the step after `step` steps."""
         return self.from_step <= step and (self.until_step is None or step < self.until_step)
 
-    def chosen(self, names: Sequence[str]) -> tuple[bool, ...]:
+    def chosen(self, sources: Sequence[Described]) -> tuple[bool, ...]:
         """For each source, whether its tokens are in this loss."""
-        return tuple(any(fnmatchcase(name, pattern) for pattern in self.sources) for name in names)
+        return tuple(is_chosen(source, self.sources) for source in sources)
 
 
 KL_KEYS = ("reference", "spec", "direction", "temperature", "top_k", "layout", "cache")
@@ -99,7 +100,7 @@ KL_KEYS = ("reference", "spec", "direction", "temperature", "top_k", "layout", "
 
 def loss_problems(
     losses: Sequence[AuxLossConfig],
-    source_names: Sequence[str],
+    sources: Sequence[Described],
     *,
     vocab_size: int,
     global_batch: int,
@@ -119,12 +120,9 @@ def loss_problems(
                 f"losses: {labels.count(label)} are called {label!r}; give each a name of its own"
             )
     for one in losses:
-        for pattern in one.sources:
-            if not any(fnmatchcase(name, pattern) for name in source_names):
-                problems.append(
-                    f"losses {one.label!r}: sources has {pattern!r}, which is no source; [[data.sources]] "
-                    f"has {', '.join(source_names) or 'none'}"
-                )
+        problems += [
+            f"losses {one.label!r}: sources has {text}" for text in choice_problems(one.sources, sources)
+        ]
         if one.top_k is not None and one.top_k > vocab_size:
             problems.append(
                 f"losses {one.label!r}: top_k = {one.top_k} of a vocabulary of {vocab_size}; lower it"

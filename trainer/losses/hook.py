@@ -31,7 +31,6 @@ class LossesHook:
             beginning.config,
             beginning.engine,
             beginning.model,
-            source_names=beginning.stream.source_names,
             lineage=beginning.start.lineage,
         )
         saved = None if beginning.new_stage else state
@@ -63,7 +62,6 @@ def setting_of(
     engine: Engine,
     model: Architecture,
     *,
-    source_names: Sequence[str],
     lineage: Sequence[Mapping[str, Any]],
 ) -> Setting:
     """What the losses need to know of a run; the last checkpoint of its lineage is what it started from."""
@@ -74,7 +72,7 @@ def setting_of(
         execution=execution_here(precision=config.train.precision, deterministic=config.run.deterministic),
         sequence_length=config.data.sequence_length,
         global_batch=config.train.global_batch,
-        source_names=source_names,
+        sources=config.data.sources,
         origin=Origin(origin, config.run.seed, config.checkpoint.spec, config.checkpoint.facts),
         document_mask=config.data.document_mask,
     )

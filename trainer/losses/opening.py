@@ -15,6 +15,7 @@ from parallel.frozen import FrozenModel
 from parallel.initialise import normal_draw
 from parallel.mesh import Mesh
 from parallel.second_mesh import SecondMesh
+from trainer.data.choice import Described
 from trainer.losses.auxiliary import AuxLosses, Term, TokenLoss
 from trainer.losses.cache import CachedTargets, CacheHeader, header_problems
 from trainer.losses.config import START, AuxLossConfig
@@ -51,7 +52,7 @@ class Setting:
     execution: Execution
     sequence_length: int
     global_batch: int
-    source_names: Sequence[str]
+    sources: Sequence[Described]
     origin: Origin
     document_mask: bool = True
 
@@ -71,7 +72,7 @@ def open_losses(
     for config in configs:
         saved = (state or {}).get(config.label)
         loss = _open(config, setting, saved)
-        terms.append(Term(config, loss, config.chosen(setting.source_names)))
+        terms.append(Term(config, loss, config.chosen(setting.sources)))
     return AuxLosses(terms)
 
 
@@ -84,9 +85,7 @@ def _open(config: AuxLossConfig, setting: Setting, saved: Mapping[str, Any] | No
 
 
 def _targets(config: AuxLossConfig, setting: Setting, saved: Mapping[str, Any] | None) -> Targets:
-    reading = Reading(
-        config.chosen(setting.source_names), config.temperature, config.top_k, setting.document_mask
-    )
+    reading = Reading(config.chosen(setting.sources), config.temperature, config.top_k, setting.document_mask)
     mesh = setting.engine.mesh
     if config.cache is not None:
         return CachedTargets(config.cache, mesh, reading, _cached(config, config.cache, setting))

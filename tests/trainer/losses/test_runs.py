@@ -56,6 +56,18 @@ def whole(base: RunConfig, folder: Path) -> tuple[RunConfig, Records]:
     return config, run_ranks(run, 1, config)[0]
 
 
+def test_a_tag_chooses_as_a_name_does(
+    whole: tuple[RunConfig, Records], base: RunConfig, folder: Path
+) -> None:
+    tagged = [
+        {**one.model_dump(mode="json", exclude_none=True), "tags": {"domain": one.name}}
+        for one in base.data.sources
+    ]
+    losses = [{**KL, "sources": ["tag:domain=c*"]}, Z]
+    config = continued(base, folder, "tagged", losses=losses, data__sources=tagged)
+    assert auxiliary(run_ranks(run, 1, config)[0]) == auxiliary(whole[1])
+
+
 def auxiliary(records: Records) -> dict[int, dict[str, float]]:
     return {record.step: dict(record.auxiliary) for record in records.steps}
 
@@ -137,6 +149,7 @@ def test_another_reference_in_the_middle_of_a_run_is_refused(
 
 WRONG = {
     "no such source": ({**KL, "sources": ["coed"]}, "'coed', which is no source.*prose, code"),
+    "no such group": ({**KL, "sources": ["group:web"]}, "'group:web', which is no source; their groups are"),
     "no such checkpoint": ({**KL, "reference": "nowhere"}, "reference nowhere does not exist"),
     "more than the vocabulary": ({**KL, "top_k": 1000}, "top_k = 1000 of a vocabulary of"),
     "a layout that does not fit": ({**KL, "top_k": 8, "layout": {"tensor": 3}}, "does not divide 1 ranks"),

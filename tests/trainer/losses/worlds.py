@@ -17,12 +17,14 @@ from tests.proof.gather import copy_slices
 from tests.proof.worlds import GLOBAL_BATCH, SOURCES, World, batches, build
 from tools.layouts import SEQUENCE, RandomBatch
 from trainer.build import execution_here
+from trainer.data.config import SourceConfig
 from trainer.losses.auxiliary import AuxLosses
 from trainer.losses.config import AuxLossConfig
 from trainer.losses.opening import Origin, Setting, open_losses, open_reference
 from trainer.optimizer import OptimizerConfig
 from trainer.step import StepReport, train_step
 
+NAMED = [SourceConfig(name=name, path=name) for name in SOURCES]
 REFERENCE = 2  # seed of the reference, where it is not what the model starts from
 LOSSES: tuple[dict[str, Any], ...] = (
     {"kind": "kl", "weight": 0.5, "sources": ["odd"]},
@@ -65,7 +67,7 @@ def setting(case: Case, engine: Engine) -> Setting:
         execution=execution_here(precision=case.world.precision),
         sequence_length=SEQUENCE,
         global_batch=GLOBAL_BATCH,
-        source_names=SOURCES,
+        sources=NAMED,
         origin=Origin(None, case.seed),
     )
 
@@ -117,7 +119,7 @@ class Plain:
         objective = (losses * part.loss_weights.flatten()).sum()
         for one in self.case.losses:
             config = AuxLossConfig(**one)
-            chosen = torch.tensor(config.chosen(SOURCES))[part.sources.long()]
+            chosen = torch.tensor(config.chosen(NAMED))[part.sources.long()]
             weights = part.loss_weights * chosen
             total = (_token_loss(config, logits, other) * weights).sum()
             count = sums.setdefault(config.label, [0.0, 0.0])
