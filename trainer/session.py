@@ -18,6 +18,7 @@ from parallel.random_state import get_random_state, set_random_state
 from trainer.build import build_engine, execution_here
 from trainer.config import RunConfig, architecture, schedule, starting_checkpoint
 from trainer.data.batch import MicroBatch
+from trainer.data.replay.opening import StageFolder
 from trainer.data.stream import TokenStream
 from trainer.hooks.hooks import Beginning, Hooks
 from trainer.hooks.opening import make_hooks
@@ -200,6 +201,9 @@ def _open_saver(config: RunConfig, mesh: Mesh, *, run_id: str | None) -> Saver:
 
 
 def _open_stream(config: RunConfig, start: Start) -> TokenStream:
+    folder = StageFolder(
+        config.run.folder, writes=torch.distributed.get_rank() == 0, new_stage=not start.resumed
+    )
     return TokenStream(
         config.data,
         seed=config.run.seed,
@@ -207,6 +211,7 @@ def _open_stream(config: RunConfig, start: Start) -> TokenStream:
         state=start.data,
         first_step=start.step,
         stage=config.run.stage,
+        folder=folder,
     )
 
 

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from trainer.data.batch import COLUMNS, NEXT_TOKEN, NO_GROUP, MicroBatch
 from trainer.data.config import DataConfig
 from trainer.data.corpus import OpenedCorpora, open_corpora
-from trainer.data.dealing import Dealer
-from trainer.data.indexed import IndexedReader
+from trainer.data.dealing import Cursor, Dealer
 from trainer.data.mixture import rank_among_equals
 from trainer.data.order import SourceOrder, Spans, cut, file_spans
 from trainer.data.packing import pack
 from trainer.data.position import Position
+from trainer.data.reader import Documents
+from trainer.data.replay.opening import ReplaySetting, StageFolder, open_replays
 from trainer.data.terms import groups_of, terms_of
 from trainer.data.tokenizer import Tokenizer
 
@@ -40,6 +41,8 @@ class StepPlan:
     """[global_batch] number of the sequence inside its source's spans"""
     spans: dict[int, Spans]
     """by source: its tokens of this step, and the one behind them that is the last label"""
+    corpora: dict[int, Documents]
+    """by source: what its spans are of"""
 
     @property
     def valid_tokens(self) -> int:
@@ -56,7 +59,6 @@ class Batches(ABC):
         tokenizer: Tokenizer,
         *,
         names: tuple[str, ...],
-        corpora: list[IndexedReader],
         global_batch: int,
     ) -> None:
         self.source_names = names
@@ -65,7 +67,6 @@ class Batches(ABC):
         self.sequence_length = config.sequence_length
         self._document_mask = config.document_mask
         self._groups = [NO_GROUP] * len(names)
-        self._corpora = corpora
         self._plans: dict[int, StepPlan] = {}
         self._lock = threading.Lock()  # the next step is planned in a thread while this one is looked at
 
@@ -116,25 +117,25 @@ class Batches(ABC):
         for source in np.unique(plan.sources[slots]).tolist():
             chosen = np.flatnonzero(plan.sources[slots] == source)
             packed = pack(
-                self._corpora[source].tokens,
+                plan.corpora[source].tokens,
                 plan.spans[source],
                 plan.rows[slots[chosen]],
                 length=self.sequence_length,
                 fill=self.tokenizer.eod_id,
                 document_mask=self._document_mask,
             )
-            self._check_ids(source, packed.tokens, packed.labels[:, -1])
+            self._check_ids(plan, source, packed.tokens, packed.labels[:, -1])
             for name, column in vars(packed).items():
                 columns[name][chosen] = column
             columns["sources"][chosen] = source
             columns["groups"][chosen] = self._groups[source]
         return [torch.from_numpy(column) for column in columns.values()]
 
-    def _check_ids(self, source: int, *ids: NDArray[np.int64]) -> None:
+    def _check_ids(self, plan: StepPlan, source: int, *ids: NDArray[np.int64]) -> None:
         low, high = min(int(one.min()) for one in ids), max(int(one.max()) for one in ids)
         if low < 0 or high >= self.tokenizer.vocab_size:
             raise ValueError(
-                f"source {self.source_names[source]!r} ({self._corpora[source].prefix}): holds token id "
+                f"source {self.source_names[source]!r} ({plan.corpora[source].prefix}): holds token id "
                 f"{low if low < 0 else high}, the tokenizer has ids 0 to {self.tokenizer.vocab_size - 1}; "
                 "prepare the data with the tokenizer of this run"
             )
@@ -152,10 +153,12 @@ class TokenStream(Batches):
         state: Mapping[str, Any] | None = None,
         first_step: int = 0,
         stage: str = "",
+        folder: StageFolder | None = None,
     ) -> None:
         """Open the sources; `state` is what `state()` returned in the run that this one goes on from.
 
-        Without a state every source begins at its beginning, at step `first_step`.
+        Without a state every source begins at its beginning, at step `first_step`. Samples to replay need a
+        `folder`.
 
         With the same stage, sources, weights, caps, sequence length and global batch, a resumed run goes on
         as if it had never stopped. Where one of them has changed, a new segment begins at the step of the
@@ -165,13 +168,12 @@ class TokenStream(Batches):
             ValueError: lists everything that is wrong with the files or the mixture; or the other run's
                 tokenizer was another.
         """
-        tokenizer, corpora = open_corpora(config, "sources")
+        tokenizer, opened = open_corpora(config, "sources")
         names = tuple(source.name for source in config.sources)
-        super().__init__(config, tokenizer, names=names, corpora=corpora, global_batch=global_batch)
-        self._orders = [
-            SourceOrder(corpus, seed=seed, name=name) for name, corpus in zip(names, corpora, strict=True)
-        ]
-        sizes = {name: corpus.num_tokens for name, corpus in zip(names, corpora, strict=True)}
+        super().__init__(config, tokenizer, names=names, global_batch=global_batch)
+        read_from_files = [source.name for source in config.sources if source.replay is None]
+        corpora: dict[str, Documents] = dict(zip(read_from_files, opened, strict=True))
+        sizes = {name: corpora[name].num_tokens if name in corpora else 1 for name in names}
         self._position = Position.begin(
             terms_of(config, sizes, seed=seed, global_batch=global_batch, stage=stage),
             tokenizer=tokenizer.fingerprint,
@@ -180,26 +182,55 @@ class TokenStream(Batches):
         )
         if state is not None:
             self._position = self._position.resume(state)
+        start = self._position.start
+        self._dealer = Dealer(self._position.terms, start, groups_of(config))
+        self._orders = {name: SourceOrder(one, seed=seed, name=name) for name, one in corpora.items()}
+        setting = ReplaySetting(config, tokenizer, corpora, seed, stage, state, folder)
+        self._past_replays: Mapping[str, Any] = (state or {}).get("replay", {})
+        self._replays = open_replays(setting, start.step, self._tokens_read)
         self._go_on(state["sources"] if state is not None else [])
-        self._dealer = Dealer(self._position.terms, self._position.start, groups_of(config))
 
     def _go_on(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Let each source find its place at once where it goes on from what the state says."""
         passed = {one["name"]: (one["tokens"], one["epoch_tokens"], one.get("passed")) for one in saved}
         start = self._position.start
-        for name, order, read in zip(self.source_names, self._orders, start.read, strict=True):
+        for name, read in zip(self.source_names, start.read, strict=True):
             tokens, size, place = passed.get(name, (0, 0, None))
-            if place is not None and (tokens, size) == (read, order.corpus.num_tokens):
-                order.go_on(read, (place[0], place[1]))
+            if place is None or tokens != read or not self._is_open(name, start):
+                continue
+            order, begin = self._order(name, start.step)
+            if size == order.corpus.num_tokens:
+                order.go_on(read - begin, (place[0], place[1]))
+
+    def _tokens_read(self, step: int) -> dict[str, int]:
+        """By source, those that are not in the mixture included, tokens read before `step`."""
+        absent = {name: tokens for name, (_, tokens) in self._position.absent.items()}
+        return absent | dict(zip(self.source_names, self._dealer.at(step).read, strict=True))
+
+    def _order(self, name: str, step: int) -> tuple[SourceOrder, int]:
+        """What a source is read from in `step`, and the tokens that had been read of it when that began."""
+        replay = self._replays.get(name)
+        return (self._orders[name], 0) if replay is None else (replay.order(step), replay.at(step).begin)
+
+    def _is_open(self, name: str, cursor: Cursor) -> bool:
+        """Whether the documents of a source are there; those of a replay come when they are first read."""
+        if name in self._orders:
+            return True
+        replay, read = self._replays.get(name), dict(zip(self.source_names, cursor.read, strict=True))
+        return replay is not None and (replay.needed or read[name] > replay.at(cursor.step).begin)
 
     def state(self, step: int) -> dict[str, Any]:
         """The data position before `step`: JSON, independent of the layout."""
         with self._lock:
             cursor = self._dealer.at(step)
             state = self._position.state(cursor)
-            for entry, order, read in zip(state["sources"], self._orders, cursor.read, strict=False):
-                entry["passed"] = order.passed(read)  # or a resume would walk there from the epoch's begin
-            return state
+            for entry, read in zip(state["sources"], cursor.read, strict=False):
+                if self._is_open(entry["name"], cursor):
+                    order, begin = self._order(entry["name"], step)
+                    entry["epoch_tokens"] = order.corpus.num_tokens
+                    entry["passed"] = order.passed(read - begin)  # or a resume would walk there
+            replays = {name: replay.state(step) for name, replay in self._replays.items()}
+            return state | ({"replay": past} if (past := {**self._past_replays, **replays}) else {})
 
     @property
     def weights(self) -> dict[str, float]:
@@ -226,17 +257,27 @@ class TokenStream(Batches):
             ValueError: as `Dealer.set_weights`.
         """
         with self._lock:
+            for source in self.source_names:
+                if weights.get(source) and source not in self._orders and source not in self._replays:
+                    raise ValueError(f"source {source!r}: there was nothing to replay when the stage began")
             self._dealer.set_weights(step, weights)
+            for replay in self._replays.values():
+                replay.forget_after(step)
             self._plans = {at: plan for at, plan in self._plans.items() if at < step}
 
     def _plan(self, step: int) -> StepPlan:
         cursor, sources = self._dealer.deal(step)
         spans: dict[int, Spans] = {}
+        corpora: dict[int, Documents] = {}
         for source, count in enumerate(np.bincount(sources).tolist()):
             if count:
+                order, begin = self._order(self.source_names[source], step)
                 wanted = count * self.sequence_length + 1
-                spans[source] = self._orders[source].spans(cursor.read[source], wanted)
-        return StepPlan(sources, rank_among_equals(sources), spans)
+                spans[source] = order.spans(cursor.read[source] - begin, wanted)
+                corpora[source] = order.corpus
+        for replay in self._replays.values():
+            replay.prepare(step)
+        return StepPlan(sources, rank_among_equals(sources), spans, corpora)
 
 
 class ValidationStream(Batches):
@@ -260,8 +301,9 @@ class ValidationStream(Batches):
             raise ValueError(f"no validation set {name!r}; [[data.validation]] has {names}")
         tokenizer, corpora = opened or open_corpora(config, "validation")
         corpus = corpora[names.index(name)]
-        super().__init__(config, tokenizer, names=(name,), corpora=[corpus], global_batch=global_batch)
+        super().__init__(config, tokenizer, names=(name,), global_batch=global_batch)
         self.name = name
+        self._corpus = corpus
         self._spans = file_spans(corpus)
         sequences = max(1, -(-(corpus.num_tokens - 1) // config.sequence_length))
         self.steps = -(-sequences // global_batch)
@@ -273,7 +315,7 @@ class ValidationStream(Batches):
         count = self.global_batch * self.sequence_length
         spans = cut(self._spans, step * count, count + 1)
         rows = np.arange(self.global_batch, dtype=np.int64)
-        return StepPlan(np.zeros(self.global_batch, np.int32), rows, {0: spans})
+        return StepPlan(np.zeros(self.global_batch, np.int32), rows, {0: spans}, {0: self._corpus})
 
 
 def open_validation(config: DataConfig, *, global_batch: int) -> list[ValidationStream]:
