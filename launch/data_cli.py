@@ -73,6 +73,24 @@ def prepare(
             metavar="SHARE", help="Share of the documents to hold out in PREFIX-validation, as in 0.01."
         ),
     ] = 0.0,
+    metadata: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Also write PREFIX.meta: this field of every JSON line, to stand before its text; of other "
+            "files, path.",
+            show_default=False,
+        ),
+    ] = None,
+    metadata_template: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="How it stands there: {} is the value, {domain} the host of a URL, \\n a line break. By "
+            "default KEY: {}\\n\\n",
+            show_default=False,
+        ),
+    ] = "",
     overwrite: OverwriteOption = False,
 ) -> None:
     """Turn text into Megatron's .bin and .idx.
@@ -83,8 +101,11 @@ def prepare(
     """
     from launch.environment import count_cores
     from trainer.data.config import without_extension
+    from trainer.data.metadata import MetadataOptions
     from trainer.data.prepare import PrepareOptions
 
+    if metadata_template and not metadata:
+        raise ValueError("--metadata-template needs --metadata KEY: the field that it is to write")
     _prepare(
         PrepareOptions(
             inputs=tuple(inputs),
@@ -97,6 +118,7 @@ def prepare(
             strict=strict,
             validation_share=validation_share,
             overwrite=overwrite,
+            metadata=MetadataOptions(metadata, metadata_template) if metadata is not None else None,
         )
     )
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.terminal import count
+from trainer.data.metadata import METADATA
 from trainer.data.prepare import PrepareOptions, PrepareReport
 from trainer.data.summary import Summary
 from trainer.data.tokenizer import Tokenizer
@@ -90,15 +91,24 @@ def print_prepared(report: PrepareReport, options: PrepareOptions, console: Cons
     if report.validation_documents:
         held_out = f"{report.validation_documents:,} documents, {report.validation_tokens:,} tokens"
         rows.append(("held out of these", held_out))
+    if options.metadata:
+        rows.append(("with metadata", _with_metadata(report)))
     rows.append(("bad records", _listed(report.bad) or "none"))
     if report.left_out:
         rows.append(("files left out", _listed(report.left_out)))
     console.print(_grid(rows))
     _print_bad(console, report)
     for prefix in report.outputs:
-        console.print(Text(f"wrote {prefix}.bin, .idx, .json"), soft_wrap=True)
+        beside = f" and {prefix}{METADATA}.*" if options.metadata else ""
+        console.print(Text(f"wrote {prefix}.bin, .idx, .json{beside}"), soft_wrap=True)
     console.print(Text("\nIn a run file:", style="dim"))
     console.print(Text(_run_file_lines(report.outputs, options)), soft_wrap=True)
+
+
+def _with_metadata(report: PrepareReport) -> str:
+    without = report.documents - report.with_metadata
+    text = f"{report.with_metadata:,} documents, {report.metadata_tokens:,} tokens"
+    return text + (f"; {without:,} have none" if without else "")
 
 
 def _print_bad(console: Console, report: PrepareReport) -> None:
@@ -116,7 +126,7 @@ def _run_file_lines(outputs: Sequence[str], options: PrepareOptions) -> str:
     for section, prefix in zip(("sources", "validation"), outputs, strict=False):
         text += f"[[data.{section}]]\nname = {_toml(name)}\npath = {_toml(prefix)}\n"
         text += "weight = 1.0\n" if section == "sources" else ""
-    return text.rstrip()
+    return text + '[[data.transforms]]\nkind = "metadata"' if options.metadata else text.rstrip()
 
 
 def _toml(text: str) -> str:

@@ -41,10 +41,15 @@ class Sidecar:
     """How many records were skipped, by reason."""
     ratoon: str = ""
     """The version that prepared them."""
+    template: str | None = None
+    """Of PREFIX.meta: how the metadata of a document is written before it."""
 
     def write(self, path: Path) -> None:
         """Write it as JSON, safely on the disk."""
-        write_durably(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        content = asdict(self)
+        if self.template is None:
+            del content["template"]
+        write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_sidecar(prefix: str) -> Sidecar | None:
@@ -57,7 +62,7 @@ def read_sidecar(prefix: str) -> Sidecar | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = {"template": None} | json.loads(path.read_text(encoding="utf-8"))
         return Sidecar(**{one.name: content[one.name] for one in fields(Sidecar)})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not written by ratoon data prepare ({error!r}); move it away") from error

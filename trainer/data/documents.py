@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.blocks import read_blocks, unreadable
+from trainer.data.metadata import FILE_PATH, MetadataOptions
 
 CHUNK_BYTES = 1 << 20
 """Of whole files, on disk, that one process is handed at once."""
@@ -24,6 +25,17 @@ class InputFile:
     """a document per JSON line; else the whole file is one document"""
     size: int
     """bytes on disk"""
+    name: str
+    """its path as seen from the folder that was named; its own name where it was named itself"""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as it was read."""
+
+    text: str
+    metadata: str = ""
+    """the value that was asked for; empty where the record has none"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Chunk:
     """
 
     paths: tuple[str, ...]
+    names: tuple[str, ...]
+    """`InputFile.name` of each"""
     consumed: int
     """bytes of input, as they are on disk, that were read since the chunk before"""
     lines: bytes | None = None
@@ -73,7 +87,8 @@ def read_chunks(files: Sequence[InputFile]) -> Iterator[Chunk]:
 
 
 def _whole(group: Sequence[InputFile]) -> Chunk:
-    return Chunk(tuple(file.path for file in group), sum(file.size for file in group))
+    paths, names = (file.path for file in group), (file.name for file in group)
+    return Chunk(tuple(paths), tuple(names), sum(file.size for file in group))
 
 
 def _line_chunks(file: InputFile) -> Iterator[Chunk]:
@@ -86,30 +101,33 @@ def _line_chunks(file: InputFile) -> Iterator[Chunk]:
                 rest = tail
                 if newline:
                     place = raw.tell()
-                    yield Chunk((file.path,), place - consumed, body, line)
+                    yield Chunk((file.path,), (file.name,), place - consumed, body, line)
                     line, consumed = line + body.count(b"\n") + 1, place
-        yield Chunk((file.path,), file.size - consumed, rest, line)
+        yield Chunk((file.path,), (file.name,), file.size - consumed, rest, line)
     except Exception as error:
         if not unreadable(error):
             raise
         problem = BadRecord(f"{file.path}:{line}", "unreadable file", str(error))
-        yield Chunk((file.path,), file.size - consumed, b"", line, problem)
+        yield Chunk((file.path,), (file.name,), file.size - consumed, b"", line, problem)
 
 
-def parse(chunk: Chunk, text_key: str) -> Iterator[str | BadRecord]:
+def parse(
+    chunk: Chunk, text_key: str, metadata: MetadataOptions | None = None
+) -> Iterator[Document | BadRecord]:
     """The documents of a chunk, and what is none, in order."""
     if chunk.lines is None:
-        for path in chunk.paths:
-            yield _read_document(path)
+        named = metadata is not None and metadata.key == FILE_PATH
+        for path, name in zip(chunk.paths, chunk.names, strict=True):
+            yield _read_document(path, name if named else "")
         return
     for number, line in enumerate(chunk.lines.split(b"\n"), start=chunk.first_line):
         if line.strip():
-            yield _parse_line(line, f"{chunk.paths[0]}:{number}", text_key)
+            yield _parse_line(line, f"{chunk.paths[0]}:{number}", text_key, metadata)
     if chunk.problem is not None:
         yield chunk.problem
 
 
-def _read_document(path: str) -> str | BadRecord:
+def _read_document(path: str, name: str) -> Document | BadRecord:
     try:
         with open(path, "rb") as raw:
             content = b"".join(read_blocks(raw, path))
@@ -121,7 +139,7 @@ def _read_document(path: str) -> str | BadRecord:
         if not unreadable(error):
             raise
         return BadRecord(path, "unreadable file", str(error))
-    return text if text.strip() else BadRecord(path, "empty")
+    return Document(text, name) if text.strip() else BadRecord(path, "empty")
 
 
 def begins_with_record(path: str, text_key: str) -> bool:
@@ -141,10 +159,12 @@ def begins_with_record(path: str, text_key: str) -> bool:
             raise
         return True
     record = _parse_line(first.partition(b"\n")[0], path, text_key)
-    return isinstance(record, str) or record.reason in ("not a string", "empty")
+    return isinstance(record, Document) or record.reason in ("not a string", "empty")
 
 
-def _parse_line(line: bytes, where: str, text_key: str) -> str | BadRecord:
+def _parse_line(
+    line: bytes, where: str, text_key: str, metadata: MetadataOptions | None = None
+) -> Document | BadRecord:
     try:
         record: Any = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -161,4 +181,5 @@ def _parse_line(line: bytes, where: str, text_key: str) -> str | BadRecord:
         text.encode()
     except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but half a character
         return BadRecord(where, "invalid UTF-8", error.reason)
-    return text if text.strip() else BadRecord(where, "empty")
+    value = "" if metadata is None else metadata.value_of(record)
+    return Document(text, value) if text.strip() else BadRecord(where, "empty")

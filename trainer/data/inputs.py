@@ -58,7 +58,7 @@ def find_inputs(paths: Sequence[str], suffixes: Sequence[str] = (), *, text_key:
         elif path.endswith((".bin", ".idx")):
             problems.append(f"{path} is prepared already; name it in [[data.sources]]")
         else:
-            file = _input_file(path, text_key)
+            file = _input_file(path, os.path.basename(path), text_key)
             if file.lines or _plain_name(path).endswith((*known, *wanted)) or not _suffix(path):
                 inputs.files.append(file)
             else:
@@ -80,7 +80,7 @@ def _search(folder: str, wanted: tuple[str, ...], text_key: str, inputs: Inputs)
             elif os.path.getsize(path) == 0:
                 inputs.left_out["empty files"] += 1
             else:
-                inputs.files.append(_input_file(path, text_key))
+                inputs.files.append(_input_file(path, os.path.relpath(path, folder), text_key))
 
 
 def _walk(folder: str, bad: list[BadRecord]) -> Iterator[tuple[str, list[str]]]:
@@ -111,11 +111,11 @@ def _suffix(path: str) -> str:
     return os.path.splitext(_plain_name(path))[1]
 
 
-def _input_file(path: str, text_key: str) -> InputFile:
+def _input_file(path: str, name: str, text_key: str) -> InputFile:
     lines = _plain_name(path).endswith(LINES_SUFFIXES) or (
         _suffix(path) in UNDECIDED_SUFFIXES and begins_with_record(path, text_key)
     )
-    return InputFile(path, lines, os.path.getsize(path))
+    return InputFile(path, lines, os.path.getsize(path), name)
 
 
 def _unknown(path: str, text_key: str) -> str:

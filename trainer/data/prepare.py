@@ -21,11 +21,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from trainer.data.corpus import read_sidecar
-from trainer.data.documents import BadRecord, Chunk, parse, read_chunks
+from trainer.data.documents import BadRecord, Chunk, Document, parse, read_chunks
 from trainer.data.indexed import token_dtype
 from trainer.data.inputs import Inputs, find_inputs
+from trainer.data.metadata import FILE_PATH, METADATA, MetadataOptions
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
-from trainer.data.writer import OutputFolder, PairWriter
+from trainer.data.writer import Making, OutputFolder, PairWriter
 
 EXAMPLES = 5
 VALIDATION = "-validation"
@@ -51,6 +52,8 @@ class PrepareOptions:
     validation_share: float = 0.0
     """Share of the documents, chosen by a hash of their text, that goes to PREFIX-validation instead."""
     overwrite: bool = False
+    metadata: MetadataOptions | None = None
+    """Also write PREFIX.meta, what stands before each document when it is trained on with its metadata."""
 
 
 @dataclass
@@ -65,6 +68,9 @@ class PrepareReport:
     text_bytes: int = 0
     validation_documents: int = 0
     validation_tokens: int = 0
+    with_metadata: int = 0
+    """documents, of both outputs"""
+    metadata_tokens: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     bad_examples: list[str] = field(default_factory=list)
     """the first few, as `file:line: reason`"""
@@ -88,6 +94,8 @@ class Part:
     lengths: NDArray[np.int32]
     """[documents]"""
     text_bytes: int
+    metadata: Part | None = None
+    """what stands before each of the documents, without EOD; many have nothing"""
 
 
 @dataclass(frozen=True)
@@ -108,32 +116,42 @@ class Encoder:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._text_key = options.text_key
         self._threshold = int(options.validation_share * 2**64)
+        self._metadata = options.metadata
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """Parse, split and encode."""
-        train: list[str] = []
-        validation: list[str] = []
+        train: list[Document] = []
+        validation: list[Document] = []
         bad: list[BadRecord] = []
-        for record in parse(chunk, self._text_key):
+        for record in parse(chunk, self._text_key, self._metadata):
             if isinstance(record, BadRecord):
                 bad.append(record)
-            elif self._threshold and xxhash.xxh3_64_intdigest(record.encode()) < self._threshold:
+            elif self._threshold and xxhash.xxh3_64_intdigest(record.text.encode()) < self._threshold:
                 validation.append(record)
             else:
                 train.append(record)
         return Encoded(chunk.consumed, self._encode(train), self._encode(validation), bad)
 
-    def _encode(self, texts: list[str]) -> Part:
+    def _encode(self, documents: list[Document]) -> Part:
+        texts = [document.text for document in documents]
         ids, lengths = self._tokenizer.encode_batch(texts)
         closed = np.insert(ids, np.cumsum(lengths), self._tokenizer.eod_id)
         size = sum(len(text.encode()) for text in texts)
-        return Part(closed.astype(self._dtype), (lengths + 1).astype(np.int32), size)
+        metadata = None if self._metadata is None else self._encode_metadata(self._metadata, documents)
+        return Part(closed.astype(self._dtype), (lengths + 1).astype(np.int32), size, metadata)
+
+    def _encode_metadata(self, options: MetadataOptions, documents: list[Document]) -> Part:
+        written = [options.render(document.metadata) for document in documents]
+        ids, some = self._tokenizer.encode_batch([text for text in written if text])
+        lengths = np.zeros(len(written), dtype=np.int32)
+        lengths[[bool(text) for text in written]] = some
+        return Part(ids.astype(self._dtype), lengths, sum(len(text.encode()) for text in written))
 
 
 def prepare(
     options: PrepareOptions, on_progress: Callable[[PrepareReport], None] = lambda report: None
 ) -> PrepareReport:
-    """Write PREFIX.bin, .idx and .json, and PREFIX-validation when asked for; all of it or nothing.
+    """Write PREFIX.bin, .idx and .json, PREFIX-validation and PREFIX.meta when asked for; all or nothing.
 
     Raises:
         BadRecordError: a record is bad and the run is strict.
@@ -145,21 +163,35 @@ def prepare(
     report = PrepareReport(input_bytes=sum(file.size for file in inputs.files), left_out=inputs.left_out)
     _count_bad(inputs.bad, report, strict=options.strict)
     prefixes = [options.output] + [options.output + VALIDATION] * (options.validation_share > 0)
-    with OutputFolder(prefixes, overwrite=options.overwrite) as folder:
-        writers = [PairWriter(folder.path, prefix, token_dtype(tokenizer.vocab_size)) for prefix in prefixes]
+    beside = [prefix + METADATA for prefix in prefixes] if options.metadata else []
+    with OutputFolder([*prefixes, *beside], overwrite=options.overwrite) as folder:
+        kind = token_dtype(tokenizer.vocab_size)
+        writers = [PairWriter(folder.path, prefix, kind) for prefix in prefixes]
+        metadata_writers = [PairWriter(folder.path, prefix, kind) for prefix in beside]
         work = _encode_all(Encoder(tokenizer, options), options, read_chunks(inputs.files))
         with closing(work):
             for encoded in work:
                 _count(encoded, report)
                 _count_bad(encoded.bad, report, strict=options.strict)
-                for writer, part in zip(writers, (encoded.train, encoded.validation), strict=False):
+                parts = (encoded.train, encoded.validation)[: len(writers)]
+                for writer, part in zip(writers, parts, strict=True):
                     writer.add(part.tokens, part.lengths, part.text_bytes)
+                for writer, part in zip(metadata_writers, parts, strict=False):
+                    assert part.metadata is not None, "the encoder has the same options"
+                    writer.add(part.metadata.tokens, part.metadata.lengths, part.metadata.text_bytes)
                 report.seconds = time.monotonic() - started
                 on_progress(report)
         for writer in writers:
             if not writer.documents:
                 raise ValueError(_nothing_for(writer.prefix, report, options))
-            writer.finish(options.tokenizer, options.eod, tokenizer, list(options.inputs), dict(report.bad))
+        if options.metadata and not report.with_metadata:
+            raise ValueError(_no_metadata(options.metadata, report))
+        made = Making(options.tokenizer, options.eod, tokenizer, list(options.inputs), dict(report.bad))
+        for writer in writers:
+            writer.finish(made)
+        for writer in metadata_writers:
+            assert options.metadata is not None
+            writer.finish(made, options.metadata.pattern)
         folder.publish()
     report.outputs = prefixes
     report.seconds = time.monotonic() - started
@@ -184,9 +216,19 @@ def _check(options: PrepareOptions) -> Inputs:
             f"{options.output}{VALIDATION}.* was held out of the same inputs, all of which would now be "
             "trained on; pass --validation-share to hold documents out again, or remove these files"
         )
+    if not options.metadata and (stale := _metadata_before(options)):
+        problems.append(
+            f"{', '.join(stale)} belongs to what was prepared here before; pass --metadata again, or remove "
+            "these files"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     return inputs
+
+
+def _metadata_before(options: PrepareOptions) -> list[str]:
+    prefixes = [options.output] + [options.output + VALIDATION] * (options.validation_share > 0)
+    return [f"{prefix}{METADATA}.*" for prefix in prefixes if os.path.exists(f"{prefix}{METADATA}.idx")]
 
 
 def _held_out_before(options: PrepareOptions) -> bool:
@@ -204,6 +246,9 @@ def _count(encoded: Encoded, report: PrepareReport) -> None:
         report.documents += len(part.lengths)
         report.tokens += len(part.tokens)
         report.text_bytes += part.text_bytes
+        if part.metadata is not None:
+            report.with_metadata += int(np.count_nonzero(part.metadata.lengths))
+            report.metadata_tokens += len(part.metadata.tokens)
     report.validation_documents += len(encoded.validation.lengths)
     report.validation_tokens += len(encoded.validation.tokens)
 
@@ -213,6 +258,13 @@ def _count_bad(records: Sequence[BadRecord], report: PrepareReport, *, strict: b
         raise BadRecordError(str(records[0]))
     report.bad.update(record.reason for record in records)
     report.bad_examples += [str(record) for record in records[: EXAMPLES - len(report.bad_examples)]]
+
+
+def _no_metadata(options: MetadataOptions, report: PrepareReport) -> str:
+    return (
+        f"none of the {report.documents} documents has the metadata {options.key!r}: it is a field of JSON "
+        f"lines, with a text, number or boolean in it; text and source files have {FILE_PATH!r} only"
+    )
 
 
 def _nothing_for(prefix: str, report: PrepareReport, options: PrepareOptions) -> str:

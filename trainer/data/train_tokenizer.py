@@ -91,7 +91,7 @@ def _texts(
             if isinstance(record, BadRecord):
                 report.bad[record.reason] += 1
             else:
-                texts.append(record)
+                texts.append(record.text)
         report.read_bytes += chunk.consumed
         report.documents += len(texts)
         report.text_bytes += sum(len(text.encode()) for text in texts)

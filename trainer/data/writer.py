@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,7 +69,7 @@ class OutputFolder:
         """Move the finished files to their places, each set's index last."""
         for prefix in self._prefixes:
             Path(f"{prefix}.idx").unlink(missing_ok=True)
-        for prefix in self._prefixes:
+        for prefix in reversed(self._prefixes):  # metadata before what it belongs to
             for suffix in SUFFIXES:
                 os.replace(self.path / (prefix.name + suffix), f"{prefix}{suffix}")
         sync_folder(self.path.parent)
@@ -78,6 +79,17 @@ class OutputFolder:
         self._lock.close()
         with suppress(OSError):  # NFS keeps a file that is open, and so its folder, until here
             self.path.rmdir()
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a corpus was made, for its sidecar; see `Sidecar`."""
+
+    spec: str
+    eod: str | None
+    tokenizer: Tokenizer
+    inputs: list[str]
+    bad_records: dict[str, int]
 
 
 class PairWriter:
@@ -101,26 +113,25 @@ class PairWriter:
         self.tokens += len(tokens)
         self._text_bytes += text_bytes
 
-    def finish(
-        self, spec: str, eod: str | None, tokenizer: Tokenizer, inputs: list[str], bad_records: dict[str, int]
-    ) -> None:
+    def finish(self, made: Making, template: str | None = None) -> None:
         """Write the index and the sidecar, and put all three safely on the disk."""
         _close(self._bin)
         with open(f"{self._base}.idx", "wb") as file:
             write_index(file, self._dtype, self._lengths)
             _close(file)
         Sidecar(
-            tokenizer=spec,
-            eod=eod,
-            fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
+            tokenizer=made.spec,
+            eod=made.eod,
+            fingerprint=made.tokenizer.fingerprint,
+            vocab_size=made.tokenizer.vocab_size,
+            eod_id=made.tokenizer.eod_id,
             documents=self.documents,
             tokens=self.tokens,
             text_bytes=self._text_bytes,
-            inputs=inputs,
-            bad_records=bad_records,
+            inputs=made.inputs,
+            bad_records=made.bad_records,
             ratoon=version("ratoon"),
+            template=template,
         ).write(Path(f"{self._base}.json"))
 
 
