@@ -72,6 +72,9 @@ def read_ledger(path: Path) -> tuple[Path, Ledger]:
 def count_documents(ledger: Ledger, entry: SourceEntry) -> Documents:
     """How many documents of a source were read."""
     try:
+        if entry.replays is not None:
+            replayed = ledger.documents_replayed(entry.name)
+            return Documents(sum(map(len, replayed.documents.values())), replayed.available)
         corpus = IndexedReader(entry.path)
         read = ledger.documents_read(entry.name, corpus=corpus)
     except ValueError as error:
@@ -163,6 +166,9 @@ def _as_json(folder: Path, ledger: Ledger, documents: dict[str, Documents]) -> d
                 "epochs": entry.epochs,
                 "share_asked": entry.asked,
                 "share_realised": entry.realised,
+                **(
+                    {"replays": [one.name for one in entry.replays.seen]} if entry.replays is not None else {}
+                ),
             }
             for entry in ledger.sources
         ],

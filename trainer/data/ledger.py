@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 from trainer.data.indexed import IndexedReader
 from trainer.data.order import SourceOrder
 from trainer.data.position import Reading, modernise, segments_of
+from trainer.data.replay.pool import pool_of_all, pool_of_sample
+from trainer.data.replay.sampling import draw_sample
+from trainer.data.replay.seen import SeenDocuments
+from trainer.data.replay.source import ReplaySet, replay_order
 from trainer.data.segments import Segment
 from trainer.data.weights import WHOLE
 
@@ -32,6 +36,8 @@ class SourceEntry:
         tokens: tokens read.
         asked: share of the tokens that it was to have, over all segments.
         realised: share of the tokens that it had, over all segments.
+        replays: of a replay source what it reads at present; `epoch_tokens` are those of that.
+        reservoir_tokens: where that is a sample, the most tokens of it.
     """
 
     name: str
@@ -40,11 +46,27 @@ class SourceEntry:
     tokens: int
     asked: float
     realised: float
+    replays: ReplaySet | None = None
+    reservoir_tokens: int | None = None
 
     @property
     def epochs(self) -> float:
-        """Passes over its documents."""
-        return self.tokens / self.epoch_tokens
+        """Passes over its documents; of a replay source, over those of the present set."""
+        begin = self.replays.begin if self.replays is not None else 0
+        return (self.tokens - begin) / self.epoch_tokens
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What has been read of the present set of a replay source.
+
+    Attributes:
+        documents: by the source that they come from, the numbers of those read to their end, in rising order.
+        available: how many documents the set has.
+    """
+
+    documents: dict[str, NDArray[np.int64]]
+    available: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +93,7 @@ class Ledger:
         """From what a checkpoint keeps under `data`, of any version."""
         state = modernise(state)
         segments = segments_of(state)
-        shares = overall_shares(segments)
+        shares, replays = overall_shares(segments), state.get("replay", {})
         sources = tuple(
             SourceEntry(
                 name=one["name"],
@@ -80,6 +102,7 @@ class Ledger:
                 tokens=one["tokens"],
                 asked=shares.get(one["name"], (0.0, 0.0))[0],
                 realised=shares.get(one["name"], (0.0, 0.0))[1],
+                **(_replay_of(replays[one["name"]]) if one["name"] in replays else {}),
             )
             for one in state["sources"]
         )
@@ -111,17 +134,55 @@ class Ledger:
             ValueError: there is no such source, or its documents are gone or are others by now.
         """
         entry = self.source(name)
-        if corpus is None:
-            if not entry.path:
-                raise ValueError(f"source {name!r}: the checkpoint does not say where its documents lie")
-            corpus = IndexedReader(entry.path)
-        if corpus.num_tokens != entry.epoch_tokens:
-            raise ValueError(
-                f"source {name!r}: {corpus.prefix} has {corpus.num_tokens} tokens, the run read from "
-                f"{entry.epoch_tokens}: other data by now"
-            )
+        if entry.replays is not None:
+            raise ValueError(f"source {name!r} replays others; documents_replayed says which of theirs")
+        corpus = corpus if corpus is not None else _open(name, entry.path)
+        _check_size(name, corpus, entry.epoch_tokens)
         order = SourceOrder(corpus, seed=self.seed, name=name)
         return order.documents_read(entry.tokens, times=times)
+
+    def documents_replayed(self, name: str, *, times: int = 1) -> Replayed:
+        """Documents of the present set of a replay source that were read to their end so many times.
+
+        Raises:
+            ValueError: there is no such source, it replays nothing, or the documents are gone by now.
+        """
+        entry = self.source(name)
+        if entry.replays is None:
+            raise ValueError(f"source {name!r} is read from files; documents_read says which documents")
+        parts = []
+        for seen in entry.replays.seen:
+            corpus = _open(seen.name, seen.path)
+            _check_size(seen.name, corpus, seen.epoch_tokens)
+            parts.append(SeenDocuments(seen, corpus))
+        if entry.reservoir_tokens is None:
+            pool = pool_of_all(parts)
+        else:
+            sample = draw_sample(parts, tokens=entry.reservoir_tokens, seed=self.seed, name=name)
+            pool = pool_of_sample(parts, sample)
+        order = replay_order(pool, self.seed, name, entry.replays)
+        which, numbers = pool.locate(order.documents_read(entry.tokens - entry.replays.begin, times=times))
+        documents = {part.seen.name: np.sort(numbers[which == n]) for n, part in enumerate(parts)}
+        return Replayed(documents, len(pool))
+
+
+def _replay_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    config = found["config"]
+    return {"replays": ReplaySet.from_json(found["set"]), "reservoir_tokens": config["reservoir_tokens"]}
+
+
+def _open(name: str, path: str) -> IndexedReader:
+    if not path:
+        raise ValueError(f"source {name!r}: the checkpoint does not say where its documents lie")
+    return IndexedReader(path)
+
+
+def _check_size(name: str, corpus: IndexedReader, tokens: int) -> None:
+    if corpus.num_tokens != tokens:
+        raise ValueError(
+            f"source {name!r}: {corpus.prefix} has {corpus.num_tokens} tokens, the run read from {tokens}: "
+            "other data by now"
+        )
 
 
 def overall_shares(segments: tuple[Segment, ...]) -> dict[str, tuple[float, float]]:

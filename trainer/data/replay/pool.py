@@ -33,7 +33,7 @@ class Pool:
         self.num_tokens = tokens
         self.tokens = PooledTokens(self)
         self._corpora = list(corpora)
-        self._locate = locate
+        self.locate = locate
         self._count = documents
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class Pool:
         self, documents: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Of each document the number of its corpus, and its first token and length there, [documents]."""
-        which, numbers = self._locate(documents)
+        which, numbers = self.locate(documents)
         begins, lengths = np.empty_like(numbers), np.empty_like(numbers)
         for corpus in np.unique(which).tolist():
             here = which == corpus

@@ -82,6 +82,7 @@ class Reservoir:
         for path in sorted(self._folder.glob("*"), reverse=True):  # .idx first: no sample without tokens
             if (found := pattern.fullmatch(path.name)) and int(found[1]) < step:
                 path.unlink(missing_ok=True)
+                self._written.pop(path.with_suffix(""), None)
 
     @property
     def _stem(self) -> str:
