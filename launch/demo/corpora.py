@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from launch.demo import texts
-from launch.demo.corpus import HELD_OUT_SHARE, Corpus, prepare_corpus
+from launch.demo.corpus import HELD_OUT_SHARE, Corpus
 from launch.demo.plan import VOCABULARY
+from trainer.data.metadata import MetadataOptions
+from trainer.data.prepare import PrepareOptions, prepare
 
 CORPORA: Mapping[str, tuple[Callable[[], Iterable[texts.Record]], str]] = {
     "prose": (texts.prose, "Python's language reference"),
@@ -19,6 +21,7 @@ CORPORA: Mapping[str, tuple[Callable[[], Iterable[texts.Record]], str]] = {
     "web": (texts.web, "short pages of the first three"),
 }
 """By name, what makes the documents, and what they are."""
+TOKENIZER = "tokenizer.json"
 TOKENIZER_TEXTS = ("prose", "code", "cpp")
 ALL_TRAINED = frozenset({"code-best"})
 """Corpora without held-out documents of their own: what they are part of has them."""
@@ -27,10 +30,11 @@ ALL_TRAINED = frozenset({"code-best"})
 def demo_corpora(
     folder: Path, names: Sequence[str] | None = None, *, overwrite: bool = False
 ) -> dict[str, Corpus]:
-    """Write FOLDER/NAME{,-validation}.{bin,idx,json}, FOLDER/tokenizer.json and FOLDER/text/NAME.jsonl.
+    """Write FOLDER/NAME{,-validation}{,.meta}.{bin,idx,json}, FOLDER/tokenizer.json, FOLDER/text/NAME.jsonl.
 
     The tokenizer is the same whichever corpora are asked for. A tenth of the documents is held out, chosen by
-    a hash of the text; none of `code-best`, which has nothing that `code` holds out. Takes some seconds.
+    a hash of the text; none of `code-best`, which has nothing that `code` holds out. The metadata of a
+    document is where it is from, as MeCo has it (arXiv 2501.01956). Takes some seconds.
 
     Args:
         names: of CORPORA; all of them when not given.
@@ -43,7 +47,7 @@ def demo_corpora(
     names = list(CORPORA) if names is None else names
     if unknown := [name for name in names if name not in CORPORA]:
         raise ValueError(f"no demo corpus is called {', '.join(unknown)}; there are {', '.join(CORPORA)}")
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = folder / TOKENIZER
     if tokenizer.exists() and not overwrite:
         raise ValueError(f"{folder} has demo corpora already; choose another folder or pass --overwrite")
     written = {name: folder / "text" / f"{name}.jsonl" for name in dict.fromkeys((*TOKENIZER_TEXTS, *names))}
@@ -51,17 +55,19 @@ def demo_corpora(
     for name, path in written.items():
         texts.write_records(path, CORPORA[name][0]())
     train_bpe([str(written[name]) for name in TOKENIZER_TEXTS], str(tokenizer), vocab_size=VOCABULARY)
-    return {
-        name: prepare_corpus(
-            name,
-            [str(written[name])],
-            folder,
-            tokenizer=str(tokenizer),
-            share=0.0 if name in ALL_TRAINED else HELD_OUT_SHARE,
-            overwrite=overwrite,
-        )
-        for name in names
-    }
+    return {name: _prepared(name, written[name], folder, overwrite=overwrite) for name in names}
+
+
+def _prepared(name: str, text: Path, folder: Path, *, overwrite: bool) -> Corpus:
+    options = PrepareOptions(
+        inputs=(str(text),),
+        output=str(folder / name),
+        tokenizer=str(folder / TOKENIZER),
+        validation_share=0.0 if name in ALL_TRAINED else HELD_OUT_SHARE,
+        overwrite=overwrite,
+        metadata=MetadataOptions("url", "URL: {}\\n\\n"),
+    )
+    return Corpus(name, folder / name, prepare(options))
 
 
 def show_demo_corpora(folder: Path, *, overwrite: bool = False) -> None:
@@ -84,5 +90,5 @@ def show_demo_corpora(folder: Path, *, overwrite: bool = False) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"All in {folder}, with one tokenizer of {VOCABULARY:,} tokens: tokenizer.json", soft_wrap=True
+        f"All in {folder}, with one tokenizer of {VOCABULARY:,} tokens: {TOKENIZER}", soft_wrap=True
     )

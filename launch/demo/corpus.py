@@ -96,22 +96,13 @@ def held_out(text: str) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode()) < int(HELD_OUT_SHARE * 2**64)
 
 
-def prepare_corpus(
-    name: str,
-    inputs: list[str],
-    folder: Path,
-    *,
-    tokenizer: str,
-    share: float = HELD_OUT_SHARE,
-    overwrite: bool = False,
-) -> Corpus:
-    """Prepare `inputs` as FOLDER/NAME, a share of the documents held out."""
+def prepare_corpus(name: str, inputs: list[str], folder: Path, *, tokenizer: str) -> Corpus:
+    """Prepare `inputs` as FOLDER/NAME, a tenth of the documents held out."""
     options = PrepareOptions(
         inputs=tuple(inputs),
         output=str(folder / name),
         tokenizer=tokenizer,
-        validation_share=share,
-        overwrite=overwrite,
+        validation_share=HELD_OUT_SHARE,
     )
     return Corpus(name, folder / name, prepare(options))
 

@@ -1,6 +1,7 @@
 """`ratoon data demo`: what it writes, and that it writes the same again."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,16 @@ def test_the_task_is_not_in_the_code(folder: Path) -> None:
 
 def test_the_code_is_what_people_wrote() -> None:
     assert not any("_sysconfigdata" in record["url"] for record in code())
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_every_document_has_the_metadata_of_where_it_is_from(folder: Path, name: str) -> None:
+    tokenizer = load_tokenizer(str(folder / "tokenizer.json"), None)
+    corpus, metadata = IndexedReader(str(folder / name)), IndexedReader(str(folder / f"{name}.meta"))
+    assert len(metadata) == len(corpus)
+    for number in (0, len(metadata) // 2, len(metadata) - 1):
+        text = tokenizer.decode(metadata[number].tolist())
+        assert re.match(r"URL: (docs|github)\.\S+\n\n", text)
 
 
 def test_all_share_one_tokenizer(folder: Path) -> None:
