@@ -8,9 +8,11 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -56,7 +58,7 @@ def train(run_file: Path, overrides: list[str], *, ranks: int | None = None) -> 
             sys.exit(USAGE)  # the first rank says it for all
         raise
     if environment.launcher != "local":
-        _join(stages, environment)
+        join_launcher(partial(_join_stages, stages, environment), stages, environment)
         return
     for stage, world_size in zip(stages, worlds, strict=True):
         if config := _next_config(stage, stages, world_size):
@@ -95,12 +97,25 @@ def choose_world_size(config: RunConfig, environment: Environment, ranks: int | 
 
 
 def start_ranks(config: RunConfig, world_size: int, *, gpus: int) -> None:
-    """Run a resolved and checked configuration on `world_size` processes of this machine.
+    """Run a resolved and checked configuration on `world_size` processes of this machine."""
+    write_run_folder(config)
+    call_ranks(run_rank, (config,), config, world_size, gpus=gpus)
+
+
+def call_ranks(
+    target: Callable[..., None], args: Sequence[Any], config: RunConfig, world_size: int, *, gpus: int
+) -> None:
+    """Call `target(*args)` on `world_size` processes of this machine, set up for what `config` trains.
 
     Ranks with a GPU each are spawned, so that this process never touches CUDA; the others are forked from
     this process, which has imported everything by then.
+
+    Args:
+        target: of a module's top level; logs in the run folder of `config`.
+
+    Raises:
+        RankError: from the first rank that failed.
     """
-    write_run_folder(config)
     before = signal.signal(signal.SIGTERM, _leave)
     gpu = gpus >= world_size
     _announce(world_size, gpus=gpus)
@@ -110,7 +125,7 @@ def start_ranks(config: RunConfig, world_size: int, *, gpus: int) -> None:
         hide_gpus()
         _import_once()
     try:
-        run_ranks(run_rank, world_size, config, start_method="spawn" if gpu else "fork")
+        run_ranks(target, world_size, *args, start_method="spawn" if gpu else "fork")
     except RankError as error:
         error.add_note(f"Its log is {log_path(config.run.folder, error.rank)}")
         raise
@@ -138,8 +153,12 @@ def _leave(signum: int, frame: FrameType | None) -> None:
     sys.exit(128 + signum)  # unwinds, and so ends the ranks
 
 
-def _join(stages: Sequence[Stage], environment: Environment) -> None:
-    """Be one rank among those that torchrun or srun started, through all stages."""
+def join_launcher(work: Callable[[], None], stages: Sequence[Stage], environment: Environment) -> None:
+    """Do the work as one rank among those that torchrun or srun started, set up for these stages.
+
+    Raises:
+        RankError: where it fails.
+    """
     assert environment.master_address is not None
     assert environment.master_port is not None
     announce_rank(
@@ -162,8 +181,7 @@ def _join(stages: Sequence[Stage], environment: Environment) -> None:
     import torch.distributed as dist
 
     try:
-        for stage in stages:
-            _join_stage(stage, stages, environment)
+        work()
     except Exception as error:
         raise RankError(environment.rank, traceback.format_exc(), message=user_message(error)) from None
     dist.destroy_process_group()
@@ -176,6 +194,11 @@ def _prepare_gpus(stages: Sequence[Stage]) -> None:
         tensor=max(config.parallel.tensor for config in configs),
         deterministic=any(config.run.deterministic for config in configs),
     )
+
+
+def _join_stages(stages: Sequence[Stage], environment: Environment) -> None:
+    for stage in stages:
+        _join_stage(stage, stages, environment)
 
 
 def _join_stage(stage: Stage, stages: Sequence[Stage], environment: Environment) -> None:

@@ -24,6 +24,7 @@ from tests.proof.runs import (
 from tests.ranks import run_ranks
 from tests.trainer.controllers.plugins import RELEASE
 from trainer.config import RunConfig
+from trainer.data.weights import quantise
 
 STEPS, STOP = 9, 5  # the stop lies inside a window of losses: calls are after 0, 3, 6 and 9 steps
 PLUGIN = "tests.trainer.controllers.plugins:Counting"
@@ -204,3 +205,33 @@ def test_another_kind_begins_anew(whole: tuple[RunConfig, Records], folder: Path
     assert records.info is not None
     assert any("begins anew" in note for note in records.info.notes)
     assert weights(config)[STOP] == {"prose": 2 / 3, "code": 1 / 3}
+
+
+def test_a_restart_with_another_batch_keeps_the_controllers_weights(
+    whole: tuple[RunConfig, Records], folder: Path
+) -> None:
+    """The dealing begins anew there, with what the run file says, were it not for the controller."""
+    config = settings(folder, "batch", VELOCITUNE, train__global_batch=12, train__steps=STOP)
+    cut_short(whole[0], config, STOP - 1)
+    records = run_ranks(run, 2, config)[0]
+    assert state(config, STOP)["data"]["mixture_step"] == STOP - 1
+    assert state(config, STOP)["data"]["weights"] == list(quantise(weights(whole[0])[3]).values())
+    assert records.info is not None
+    assert any("the controller's weights stay" in note for note in records.info.notes)
+
+
+def test_a_fixed_number_of_sequences_is_left_alone(folder: Path) -> None:
+    sources = [
+        {"name": "prose", "path": str(folder / "prose")},
+        {"name": "web", "path": str(folder / "held-out")},
+        {"name": "code", "path": str(folder / "code"), "per_batch": 2},
+    ]
+    table = [{"step": 0, "weights": {"prose": 1, "web": 3}}, {"step": 3, "weights": {"prose": 1}}]
+    config = settings(
+        folder, "fixed", {"kind": "schedule", "points": table}, data__sources=sources, train__steps=6
+    )
+    run_ranks(run, 1, config)
+    assert weights(config)[0] == pytest.approx({"prose": 1 / 6, "web": 1 / 2, "code": 1 / 3})
+    assert weights(config)[3] == pytest.approx({"prose": 2 / 3, "web": 0.0, "code": 1 / 3})
+    (segment,) = state(config, 6)["data"]["segments"]
+    assert segment["dealt"] == [3 + 12, 9, 12]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainer.controllers.config import ControllerConfig
-from trainer.controllers.opening import open_controller
+from trainer.controllers.opening import left_alone, open_controller
 from trainer.controllers.protocol import Call, Evaluation, History, KeepWeightsError, as_json
 from trainer.controllers.shares import checked, smoothed, with_frozen
 from trainer.controllers.timetable import Timetable
@@ -79,11 +79,24 @@ class Driver:
             state=self._state if state is not None else None,
         )
         self._sets = {entry.name for entry in data.validation}
+        played = config.kind == "replay_log"  # what is in a log has been through this
+        self._alone = () if played else left_alone(config, data)
 
     def open_log(self, *, after: int) -> None:
         """Set aside what the log has of later steps than `after`: they are about to be made again."""
         if torch.distributed.get_rank() == 0 and self._log.exists():
             supersede(self._log, after=after)
+
+    def reinstate(self, step: int) -> bool:
+        """Set the controller's newest weights again where dealing has begun anew in the middle of a stage.
+
+        It has where the run file asks for another global batch, other caps or other weights than before a
+        restart at `step`. Returns whether it has.
+        """
+        if not self._calls or self._stream.state(step)["mixture_step"] < step:
+            return False
+        self._stream.set_weights(step, self._calls[-1].weights)
+        return True
 
     def add_step(self, by_source: Sequence[tuple[float, float]]) -> None:
         """Note a training step: (mean loss, tokens) by source, over the whole mesh."""
@@ -132,6 +145,7 @@ class Driver:
         """All that decides the next call: JSON, the same on every rank."""
         return {
             "kind": self._config.kind,
+            "plugin": self._config.plugin,
             "sources": list(self._sources),
             "calls": [[call.step, dict(call.weights)] for call in self._calls],
             "evaluations": [[one.step, dict(one.losses)] for one in self._evaluations],
@@ -166,9 +180,8 @@ class Driver:
         kept, weights = "", held
         try:
             found = checked(self._controller.weights(history), self._sources)
-            frozen = self._config.frozen
-            free = [name for name in self._sources if name not in frozen]
-            weights = smoothed(with_frozen(found, held, frozen), self._config.smoothing, free)
+            free = [name for name in self._sources if name not in self._alone]
+            weights = smoothed(with_frozen(found, held, self._alone), self._config.smoothing, free)
         except KeepWeightsError as error:
             kept = str(error)
         state = as_json(self._controller.state())

@@ -29,8 +29,9 @@ class ControllerHook:
         config, start, stream = beginning.config, beginning.start, beginning.stream
         saved = None if beginning.new_stage else state
         notes = []
-        now = (config.controller.kind, list(stream.source_names))
-        if saved is not None and (saved["kind"], saved["sources"]) != now:
+        plugin = config.controller.plugin
+        now = (config.controller.kind, plugin, list(stream.source_names))
+        if saved is not None and (saved["kind"], saved.get("plugin", plugin), saved["sources"]) != now:
             saved = None
             notes.append("the controller begins anew: its kind or the sources are not the checkpoint's")
         self._driver = Driver(
@@ -42,6 +43,8 @@ class ControllerHook:
             state=saved,
         )
         self._driver.open_log(after=start.step if saved is not None else start.step - 1)
+        if self._driver.reinstate(start.step):
+            notes.append("the data are dealt on other terms than before: the controller's weights stay")
         return [*notes, f"mixture controller: {config.controller.kind}, calls in {LOG}"]
 
     def state(self) -> dict[str, Any]:

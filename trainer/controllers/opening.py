@@ -35,14 +35,14 @@ def open_controller(
     Raises:
         ValueError: a file that it needs is not there or wrong.
     """
-    sources = [source.name for source in data.sources]
+    sources, alone = [source.name for source in data.sources], left_alone(config, data)
     sets = held_out_sets(config, data)
     match config.kind:
         case "velocitune":
-            targets = _but(config.frozen, read_targets(config.targets or {}))
+            targets = _but(alone, read_targets(config.targets or {}))
             return Velocitune(targets, sets, eta=config.eta, loss=config.loss, state=state)
         case "skillit":
-            graph = _but(config.frozen, read_graph(config.graph or {}))
+            graph = _but(alone, read_graph(config.graph or {}))
             held_out = {entry.name for entry in data.validation}
             names = dict.fromkeys(column for row in graph.values() for column in row)
             columns = {name: name if name in held_out else sets[name] for name in names}
@@ -61,6 +61,7 @@ def open_controller(
                 tolerance=config.tolerance,
                 factor=config.factor,
                 limit=config.limit,
+                alone=alone,
                 state=state,
             )
         case "schedule":
@@ -73,6 +74,12 @@ def open_controller(
             assert config.plugin is not None, "checked by ControllerConfig"
             past = state.get("plugin") if state is not None else None
             return Plugin(config.plugin, config.options, sources, timeout=config.timeout, state=past)
+
+
+def left_alone(config: ControllerConfig, data: DataConfig) -> tuple[str, ...]:
+    """The sources whose part of a batch no controller changes: `frozen`, and those with `per_batch`."""
+    fixed = [source.name for source in data.sources if source.per_batch is not None]
+    return tuple(dict.fromkeys([*config.frozen, *fixed]))
 
 
 def held_out_sets(config: ControllerConfig, data: DataConfig) -> dict[str, str]:
@@ -132,12 +139,13 @@ def _unknown_names(config: ControllerConfig, data: DataConfig) -> list[str]:
 def _own_problems(config: ControllerConfig, data: DataConfig) -> list[str]:
     """Of the numbers that a kind works with."""
     sources = [source.name for source in data.sources]
-    free = [name for name in sources if name not in config.frozen]
+    alone = left_alone(config, data)
+    free = [name for name in sources if name not in alone]
     sets = held_out_sets(config, data)
-    problems: list[str] = []
+    problems = _fixed_problems(config, data)
     if config.kind == "velocitune":
         targets = read_targets(config.targets or {})
-        problems = _uncovered("targets", targets, sources, free)
+        problems += _uncovered("targets", targets, sources, free)
         if config.loss == "validation":
             problems += [
                 f"controller.validation: source {name!r} has no validation set; add one, name one here, set "
@@ -147,7 +155,7 @@ def _own_problems(config: ControllerConfig, data: DataConfig) -> list[str]:
             ]
     elif config.kind == "skillit":
         graph = read_graph(config.graph or {})
-        problems = _uncovered("graph", graph, sources, free)
+        problems += _uncovered("graph", graph, sources, free)
         columns = dict.fromkeys(column for row in graph.values() for column in row)
         known = [*sets, *(entry.name for entry in data.validation)]
         problems += [
@@ -160,15 +168,29 @@ def _own_problems(config: ControllerConfig, data: DataConfig) -> list[str]:
         assert config.plugin is not None, "checked by ControllerConfig"
         find_factory(config.plugin)
     elif config.kind == "raise_replay":
-        problems = _replay_problems(config, data)
+        problems += _replay_problems(config, data, free)
     if not free:
-        problems.append("controller.frozen: has all sources, so there is nothing to change")
+        problems.append(
+            "controller.frozen: all sources are in it or have per_batch, so there is nothing to change"
+        )
     return problems
 
 
-def _replay_problems(config: ControllerConfig, data: DataConfig) -> list[str]:
+def _fixed_problems(config: ControllerConfig, data: DataConfig) -> list[str]:
+    """Sources with `per_batch` that the section would change."""
+    named = {"replay": config.replay, "points": [name for one in config.points for name in one.weights]}
+    return [
+        f"controller.{key}: source {source.name!r} has per_batch = {source.per_batch}, which no controller "
+        "changes; give it a share or a weight instead, or leave it out here"
+        for key, names in named.items()
+        for source in data.sources
+        if source.per_batch is not None and source.name in names
+    ]
+
+
+def _replay_problems(config: ControllerConfig, data: DataConfig, free: Sequence[str]) -> list[str]:
     chosen = [source for source in data.sources if source.name in config.replay]
-    if len(chosen) == len(data.sources):
+    if not set(free) - set(config.replay):
         return ["controller.replay: has all sources; leave out what the stage is to learn"]
     if not any(own_weight(data.mixture, source) for source in chosen):
         return [

@@ -77,7 +77,7 @@ def test_a_section_written_with_all_its_defaults_is_the_same() -> None:
         ({"frozen": []}, "controller.targets: source 'web' is missing"),
         ({"targets": {"prose": 2.0, "cod": 1.0}}, "controller.targets: no source is named 'cod'"),
         ({"targets": "nowhere.json"}, "controller.targets: cannot read nowhere.json"),
-        ({"frozen": ["prose", "code", "web"]}, "controller.frozen: has all sources"),
+        ({"frozen": ["prose", "code", "web"]}, "controller.frozen: all sources are in it"),
         ({"every": 15}, "controller.every = 15 is not a multiple of eval.every = 10"),
         (
             {"frozen": [], "targets": {"prose": 2.0, "code": 1.0, "web": 1.0}},
@@ -127,6 +127,19 @@ def test_a_replay_source_needs_a_weight_to_multiply() -> None:
         {"kind": "raise_replay", "every": 10, "watch": ["prose"], "replay": ["web"]}
     )
     assert "web have weight 0" in controller_problems(config, data, eval_every=10)[0]
+
+
+def test_sources_with_a_number_of_their_own_are_left_alone() -> None:
+    fixed = DATA.sources[2].model_copy(update={"per_batch": 2})
+    data = DATA.model_copy(update={"sources": (*DATA.sources[:2], fixed)})
+    config = ControllerConfig.model_validate({**VELOCITUNE, "frozen": []})
+    assert controller_problems(config, data, eval_every=10) == [], "web needs no target"
+    for changes in (
+        {"kind": "raise_replay", "every": 10, "watch": ["prose"], "replay": ["web"]},
+        {"kind": "schedule", "points": [{"step": 0, "weights": {"prose": 1.0, "web": 1.0}}]},
+    ):
+        (found,) = controller_problems(ControllerConfig.model_validate(changes), data, eval_every=10)
+        assert "source 'web' has per_batch = 2, which no controller changes" in found
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +108,15 @@ def test_an_entry_point_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) ->
     known = EntryPoints([entry])
     monkeypatch.setattr("trainer.entry_points.entry_points", lambda **wanted: known.select(**wanted))
     assert find_factory("agent").__name__ == "Counting"
+
+
+def test_the_example_of_the_documentation_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "continual.md").read_text(encoding="utf-8")
+    code = text.partition("### Your own controller\n```python\n")[2].partition("```")[0]
+    (tmp_path / "my_weights.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    one = Plugin("my_weights:TowardsLoss", {"decay": 0.5}, SOURCES, timeout=10.0)
+    assert one.weights(history()) == {"prose": 0.5, "code": 0.5}
+    seen = History(1, 0, 100, {"prose": 0.5, "code": 0.5}, losses={"prose": 3.0, "code": 1.0})
+    assert one.weights(seen) == {"prose": 0.75, "code": 0.25}
+    assert one.state() == {"plugin": {"prose": 3.0, "code": 1.0}}
