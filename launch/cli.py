@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launch import checkpoint_cli, data_cli, plot_cli, report_cli
+from launch import checkpoint_cli, controller_cli, data_cli, plot_cli, report_cli
 from launch.errors import ReportingGroup
 from launch.recipe_cli import recipe
 
@@ -67,6 +67,7 @@ app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(plot_cli.app, name="plot")
 app.add_typer(report_cli.app, name="report")
+app.add_typer(controller_cli.app, name="weights")
 app.command()(recipe)
 
 
@@ -83,14 +84,17 @@ def demo(
         ),
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A few steps only: does it run at all?")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the weights and of the order of the documents.")
+    ] = 1234,
 ) -> None:
-    """Watch a small model learn, stop, and go on with other data on another layout.
+    """Watch a small model learn prose, go on with code in two ways, and forget prose more or less.
 
     Takes a few minutes. Needs no GPU and downloads nothing.
     """
     from launch.demo.command import demo as run_demo
 
-    run_demo(folder, ranks=ranks, fast=fast)
+    run_demo(folder, ranks=ranks, fast=fast, seed=seed)
 
 
 @app.command()

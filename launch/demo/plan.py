@@ -1,4 +1,4 @@
-"""How large the demo is, on how many ranks it runs, in which layouts, and where its files lie."""
+"""How large the demo is, which two ways it compares, on how many ranks and in which layouts, and where."""
 
 from __future__ import annotations
 
@@ -11,27 +11,60 @@ VOCABULARY = 1024
 NUM_LAYERS = 4
 RANKS = (1, 2, 4, 8)
 """Numbers of ranks that the demo has layouts for."""
+STAGES = ("prose", "code")
+"""Names of the two stages of a run, of what is new in each, and of the held-out sets: the old and the new."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to go on with code.
+
+    Attributes:
+        name: of the run, its folder and its run file.
+        short, label: for people.
+        replay: share of the sequences in the second stage that are prose.
+    """
+
+    name: str
+    short: str
+    label: str
+    replay: float
+
+
+REWARM = Way("rewarm", "re-warm", "re-warm, 0% replay", 0.0)
+INFINITE = Way("infinite", "infinite", "infinite, 10% replay", 0.1)
+WAYS = (REWARM, INFINITE)
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much work it is.
+    """How much work it is. Both ways take as many steps, and so as many tokens.
 
     Attributes:
         first_steps: of the stage on prose.
-        second_steps: of the stage on prose and code, on top of them.
-        warmup_steps: of each stage's schedule.
+        second_steps: of the stage on code, on top of them.
+        warmup_steps: of each schedule.
+        cooldown_steps, anneal_steps: of the infinite schedule.
         eval_batches: global batches that are read of each held-out set.
     """
 
     first_steps: int
     second_steps: int
     warmup_steps: int
+    cooldown_steps: int
+    anneal_steps: int
     eval_batches: int
 
 
-FULL = Size(first_steps=400, second_steps=300, warmup_steps=20, eval_batches=14)
-FAST = Size(first_steps=6, second_steps=4, warmup_steps=1, eval_batches=1)
+FULL = Size(
+    first_steps=160,
+    second_steps=120,
+    warmup_steps=10,
+    cooldown_steps=80,
+    anneal_steps=40,
+    eval_batches=6,
+)
+FAST = Size(first_steps=6, second_steps=4, warmup_steps=1, cooldown_steps=2, anneal_steps=2, eval_batches=1)
 
 
 @dataclass(frozen=True)
@@ -43,6 +76,7 @@ class Plan:
         layouts: of the first and the second stage.
         gpu: every rank has a GPU.
         record_every: steps between two records of a run.
+        seed: of the weights and of the order of the documents.
     """
 
     folder: Path
@@ -51,6 +85,7 @@ class Plan:
     gpu: bool
     size: Size
     record_every: int
+    seed: int
 
     @property
     def data(self) -> Path:
@@ -63,19 +98,17 @@ class Plan:
         return self.data / "tokenizer.json"
 
     @property
-    def run_files(self) -> tuple[Path, Path]:
-        """The run file of each stage."""
-        return self.folder / "1-prose.toml", self.folder / "2-code.toml"
+    def picture(self) -> Path:
+        """The PNG that compares the two ways."""
+        return self.folder / "forgetting.png"
 
-    @property
-    def run_folders(self) -> tuple[Path, Path]:
-        """What each stage leaves: metrics, TensorBoard, logs, checkpoints."""
-        return self.folder / "prose", self.folder / "code"
+    def run_file(self, way: Way) -> Path:
+        """The run file of both stages."""
+        return self.folder / f"{way.name}.toml"
 
-    @property
-    def last_steps(self) -> tuple[int, int]:
-        """The step at which each stage ends, counted from the beginning of the first."""
-        return self.size.first_steps, self.size.first_steps + self.size.second_steps
+    def run_folder(self, way: Way) -> Path:
+        """What the run leaves: a folder for each stage, and the report on forgetting."""
+        return self.folder / way.name
 
     def layout_name(self, stage: int) -> str:
         """The degrees of a stage's layout, such as TP2 x PP2 x DP1."""

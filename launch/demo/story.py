@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -15,31 +13,43 @@ from rich.text import Text
 
 from launch.check_command import place_of
 from launch.demo.corpus import Corpus
-from launch.demo.outcome import Check, Outcome, curve
-from launch.demo.plan import FAST, NUM_LAYERS, VOCABULARY, Plan
+from launch.demo.outcome import OLD, Check, Course, Outcome
+from launch.demo.panels import Panel, panel_lines, sparklines
+from launch.demo.plan import FAST, INFINITE, NUM_LAYERS, REWARM, STAGES, VOCABULARY, WAYS, Plan, Way
 from launch.terminal import count, duration
 from parallel.layout import Layout
 
 WIDTH = 80
-BARS = "▁▂▃▄▅▆▇█"
-
+OPENING = (
+    "A small Llama learns prose and goes on with code, in two ways, and forgets prose over it: more or less. "
+    "Each way is one run file of two stages; between them the layout changes."
+)
 TOKENS = (
     "Prose is Python's own reference, code its standard library; nothing is downloaded. A byte-pair "
     f"tokenizer of {VOCABULARY:,} tokens has been trained on both. A tenth of the documents is held out: no "
     "run trains on them, and the losses below are theirs."
 )
-STAGE_1 = (
-    "A layout says how ranks share the work. Tensor parallelism (TP) splits every matrix, pipeline "
-    "parallelism (PP) splits the layers, data parallelism (DP) gives each copy of the model text of its own."
+STORIES = {
+    REWARM: (
+        "On prose the learning rate warms up and falls along a cosine, to a tenth. On code it is warmed up "
+        "again to the same peak and falls along a second cosine. Weights and Adam's moments stay. No prose "
+        "is read again."
+    ),
+    INFINITE: (
+        "On prose the learning rate warms up, falls to one half and stays there. On code it still stays, so "
+        "that nothing is warmed up, until the last steps anneal it. One sequence in ten is prose again: "
+        "code gets that much less, the steps are as many."
+    ),
+}
+LAYOUTS = (
+    "A layout says which layers a rank holds (pipeline parallelism, PP), which part of every matrix (tensor, "
+    "TP), and which copy of the model, each with text of its own (data, DP). The checkpoint between the "
+    "stages belongs to no layout: each rank reads the pieces that it needs."
 )
-STAGE_2 = (
-    "A stage change: from here on 70% of the sequences are code, and 30% prose against forgetting. The "
-    "learning rate has decayed too far to learn much that is new, so it is re-warmed: it rises from where it "
-    "ended and decays again. Weights and Adam's moments stay."
-)
-RESHARDING = (
-    "The checkpoint belongs to no layout: each rank reads the pieces that it needs. Before the first step "
-    "the run measures the held-out losses, which must be those that stage 1 ended with."
+CAVEAT = (
+    "Two things differ, the schedule and the replay. Which of them did it, a third run tells: only replay, "
+    "in the last lines. When stage 2 begins, re-warm has annealed what it knows and infinite has not; at "
+    "the end both have, after as many tokens."
 )
 
 
@@ -57,14 +67,11 @@ class Story:
         plan = self._plan
         ranks = "1 rank" if plan.ranks == 1 else f"{plan.ranks} ranks"
         device = "with a GPU each" if plan.gpu else "on the CPU"
-        self._say(
-            "A small Llama learns prose, stops, and goes on with code in its mixture: other data, a new "
-            f"schedule, another layout, the same weights. {ranks} {device}, {plan.precision}."
-        )
+        self._say(f"{OPENING} {ranks} {device}, {plan.precision}, seed {plan.seed}.")
         if plan.ranks == 1:
             self._say("One rank has one layout only. To see a model split and split anew: --ranks 4.")
         if plan.size == FAST:
-            self._say("A few steps only: enough to see that it runs, too few to learn much.")
+            self._say("A few steps only: enough to see that it runs, too few to learn or forget much.")
         reason = "" if plan.folder == wanted.absolute() else f", since {shown(wanted)} is not empty"
         self._say(f"Everything goes to {shown(plan.folder)}{reason}.")
 
@@ -83,50 +90,50 @@ class Story:
             table.add_row(corpus.name, f"{report.documents:,}", tokens, held_out, size)
         self._console.print(table)
 
-    def stage(self, stage: int) -> None:
-        """What this stage does, and the command that does it."""
+    def way(self, way: Way) -> None:
+        """What this run does, and the command that does it."""
         plan = self._plan
-        title = ("Stage 1: prose", "Stage 2: prose and code")[stage]
-        self._heading(f"{title}, on {plan.layout_name(stage)}")
-        self._say((STAGE_1, STAGE_2)[stage])
-        if stage == 1:
-            self._say(RESHARDING)
-        if plan.ranks > 1:
-            self._console.print(layout_table(plan.layouts[stage], plan.ranks))
-        command = f"$ ratoon train {shown(plan.run_files[stage])} --ranks {plan.ranks}"
+        self._heading(f"Prose, then code: {way.label}")
+        self._say(STORIES[way])
+        if way == WAYS[0] and plan.ranks > 1:
+            self._say(LAYOUTS)
+            self._console.print(layout_table(plan))
+        command = f"$ ratoon train {shown(plan.run_file(way))} --ranks {plan.ranks}"
         self._console.print(Text(command, "bold"), soft_wrap=True)
 
     def outcome(self, outcome: Outcome, checks: Sequence[Check]) -> None:
-        """Losses at every turn, the curves, and what has been checked."""
-        self._heading("What came of it")
+        """The curves, the losses at every turn, and what has been checked."""
+        self._heading("What was forgotten, and what was learned")
+        self._curves(outcome)
         self._console.print(outcome_table(outcome))
-        self._curves()
-        guessing, learned = (math.exp(losses["prose"]) for losses in (outcome.unigram, outcome.learned))
-        self._say(
-            f"After stage 1 the next token of unseen prose was as uncertain as one of {learned:,.0f} equally "
-            f"likely ones; {guessing:,.0f} is what frequencies alone give. Stage 2 then moved the loss on "
-            f"prose by {outcome.finished['prose'] - outcome.resumed['prose']:+.3f}, while it learned code."
-        )
+        for sentence in comparison(outcome):
+            self._say(sentence)
+        self._say("Too few steps to compare the two." if self._plan.size == FAST else CAVEAT)
         self._console.print()
         self._console.print(check_list(checks), width=self._width)
 
     def closing(self, seconds: float) -> None:
         """Where things are, and what to try next."""
         plan = self._plan
-        second = shown(plan.run_files[1])
-        more = plan.last_steps[1] + plan.size.second_steps
+        files, folders = zip(
+            *((shown(plan.run_file(way)), shown(plan.run_folder(way))) for way in WAYS), strict=True
+        )
+        replay = f"--set run.dir={shown(plan.folder / 'replay')} --set stage.1.mixture.weights.prose=0.11"
         self._heading(f"Done in {duration(seconds)}: where things are, and how to go on")
         rows = [
-            ("curves", f"tensorboard --logdir {shown(plan.folder)}"),
-            *(("metrics", shown(folder / "metrics.jsonl")) for folder in plan.run_folders),
-            *(("checkpoints", shown(folder / "checkpoints")) for folder in plan.run_folders),
-            ("look inside", f"ratoon checkpoint inspect {shown(plan.run_folders[1])}"),
-            ("plan a run", f"ratoon check {second} --ranks {plan.ranks}"),
-            ("train longer", f"ratoon train {second} --ranks {plan.ranks} --set train.steps={more}"),
+            ("picture", shown(plan.picture)),
+            ("what they forgot", f"ratoon report forgetting {' '.join(folders)}"),
+            ("what was kept", f"ratoon plan-resume {files[0]} --ranks {plan.ranks}"),
+            ("what was read", f"ratoon data ledger {folders[1]}"),
+            ("learning rates", f"ratoon plot schedule {files[1]}"),
+            ("look inside", f"ratoon checkpoint inspect {folders[1]}/code"),
+            ("all curves", f"tensorboard --logdir {shown(plan.folder)}"),
+            ("only replay", f"ratoon train {files[0]} --ranks {plan.ranks} {replay}"),
+            ("other methods", "ratoon recipe"),
             ("your own text", "ratoon data prepare --help"),
         ]
         for label, text in rows:
-            self._console.print(Text(f"{label:<15}", "dim") + Text(text, "default"), soft_wrap=True)
+            self._console.print(Text(f"{label:<18}", "dim") + Text(text, "default"), soft_wrap=True)
 
     @property
     def _width(self) -> int:
@@ -140,15 +147,24 @@ class Story:
     def _say(self, text: str) -> None:
         self._console.print(Text(text), width=self._width)
 
-    def _curves(self) -> None:
-        """Learning rate and training loss of both stages, where the output has the characters for it."""
-        if not self._console.encoding.startswith("utf"):
+    def _curves(self, outcome: Outcome) -> None:
+        """Both ways beside each other: the old source, the new one; under them the learning rates."""
+        ascii_only = self._console.options.ascii_only
+        for name in STAGES:
+            kind = "old" if name == OLD else "new"
+            self._console.print(
+                Text(f"held-out {name} ({kind}) in stage 2, nats a token; dotted: where it began", "cyan")
+            )
+            panels = [Panel(f"{way.label}", one[name].curve) for way, one in outcome.courses.items()]
+            for line in panel_lines(panels, self._width, ascii_only=ascii_only):
+                self._console.print(Text(line), soft_wrap=True)
+        if ascii_only:
             return
-        stages = [curve(folder) for folder in self._plan.run_folders]
-        for column, label in enumerate(("learning rate", "loss on prose")):
-            line = sparklines([[point[column] for point in stage] for stage in stages])
-            self._console.print(Text(f"  {label}  ", "dim") + Text(line, "cyan"))
-        self._console.print()
+        self._console.print(Text("learning rate over both stages", "cyan"))
+        top = max(rate for stages in outcome.rates.values() for rates in stages for rate in rates)
+        for way, stages in outcome.rates.items():
+            line = sparklines(stages, top=top)
+            self._console.print(Text(f"{way.label:>24}  ", "dim") + Text(line, "default"), soft_wrap=True)
 
 
 def shown(path: Path) -> str:
@@ -157,41 +173,60 @@ def shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def layout_table(layout: Layout, ranks: int) -> Table:
-    """What every rank holds, in words."""
+def layout_table(plan: Plan) -> Table:
+    """What every rank holds in each stage, in words."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("rank", justify="right")
-    for heading in ("layers (PP)", "of every matrix (TP)", "copy of the model (DP)"):
-        table.add_column(heading)
-    share = NUM_LAYERS // layout.pipeline
-    for rank in range(ranks):
-        place = place_of(layout, rank, ranks)
-        first = place["pipeline"] * share + 1
-        table.add_row(
-            str(rank),
-            f"{first} to {first + share - 1}",
-            "all" if layout.tensor == 1 else f"part {place['tensor'] + 1} of {layout.tensor}",
-            f"{place['data'] + 1} of {layout.data(ranks)}",
-        )
+    for stage, name in enumerate(STAGES):
+        table.add_column(f"{name}: {plan.layout_name(stage)}")
+    for rank in range(plan.ranks):
+        table.add_row(str(rank), *(_part(layout, rank, plan.ranks) for layout in plan.layouts))
     return table
+
+
+def _part(layout: Layout, rank: int, ranks: int) -> str:
+    place, share = place_of(layout, rank, ranks), NUM_LAYERS // layout.pipeline
+    first, last = place["pipeline"] * share + 1, (place["pipeline"] + 1) * share
+    layers = f"layers {first}-{last}" if last > first else f"layer {first}"
+    return (
+        f"{layers}, part {place['tensor'] + 1}/{layout.tensor}, copy {place['data'] + 1}/{layout.data(ranks)}"
+    )
 
 
 def outcome_table(outcome: Outcome) -> Table:
-    """Held-out losses at every turn."""
+    """Losses where stage 2 began, where they were worst, and at its end, in both units."""
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("held-out loss, nats a token")
-    for name in outcome.unigram:
-        table.add_column(name, justify="right")
-    rows = {
-        "knowing the tokens' frequencies alone": outcome.unigram,
-        "before training": outcome.untrained,
-        "after stage 1, prose": outcome.learned,
-        "loaded for stage 2": outcome.resumed,
-        "after stage 2, prose and code": outcome.finished,
-    }
-    for label, losses in rows.items():
-        table.add_row(label, *(f"{losses[name]:.5f}" for name in outcome.unigram))
+    table.add_column("held-out loss\nin stage 2")
+    for heading in ("nats/token\nstart", "\npeak", "\nend", "bits/byte\nstart", "\npeak", "\nend"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in STAGES:
+        for way, one in outcome.courses.items():
+            course = one[name]
+            turns = (course.start, course.peak[1], course.end)
+            cells = [f"{loss:.3f}" for loss in turns] + [f"{loss * course.bits:.3f}" for loss in turns]
+            table.add_row(f"{name}, {way.short}", *cells)
     return table
+
+
+def comparison(outcome: Outcome) -> list[str]:
+    """What each way did better, whichever it is."""
+    return [_compared(name, outcome) for name in STAGES]
+
+
+def _compared(name: str, outcome: Outcome) -> str:
+    better, worse = sorted(WAYS, key=lambda way: outcome.courses[way][name].end)
+    low, high = (outcome.courses[way][name] for way in (better, worse))
+    if name == OLD:
+        how = f"{better.short} {_moved(low)}; {worse.short} {_moved(high)}"
+    else:
+        how = f"{low.end:.3f} against {high.end:.3f}"
+    return f"{name.capitalize()} ends {high.end - low.end:.3f} nats lower with {better.label}: {how}."
+
+
+def _moved(course: Course) -> str:
+    step, peak = course.peak
+    worst = f"{peak - course.start:+.3f} at its worst, after step {step}" if step else "never above"
+    return f"{course.rise:+.3f} since stage 2 began, {worst}"
 
 
 def check_list(checks: Sequence[Check]) -> Table:
@@ -201,17 +236,3 @@ def check_list(checks: Sequence[Check]) -> Table:
         mark = Text("PASS", "bold green") if check.passed else Text("FAIL", "bold red")
         grid.add_row(mark, Text(check.text))
     return grid
-
-
-def sparklines(series: Sequence[Sequence[float]], width: int = 60) -> str:
-    """Curves side by side on one scale, `width` characters together; each is a mean over its points."""
-    points = sum(map(len, series))
-    low, high = min(map(min, series)), max(map(max, series))
-    top = len(BARS) - 1
-    drawn = []
-    for values in series:
-        cells = max(1, min(len(values), width * len(values) // points))
-        edges = [cell * len(values) // cells for cell in range(cells + 1)]
-        means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(edges)]
-        drawn.append("".join(BARS[round(top * (mean - low) / ((high - low) or 1))] for mean in means))
-    return " ".join(drawn)
