@@ -111,6 +111,14 @@ def test_replay_above_the_limit_is_left_there() -> None:
     assert one.weights(history(weights, held_out={"general": 3.0})) == weights
 
 
+def test_replay_takes_nothing_from_sources_that_are_left_alone() -> None:
+    one = RaiseReplay(["general"], ["replay"], tolerance=0.1, factor=2.0, limit=0.3, alone=["fixed"])
+    weights = {"replay": 0.08, "new": 0.72, "fixed": 0.2}
+    one.weights(history(weights, held_out={"general": 2.0}))
+    found = one.weights(history(weights, held_out={"general": 3.0}))
+    assert found == pytest.approx({"replay": 0.16, "new": 0.64, "fixed": 0.2}), "a fifth of the rest"
+
+
 def test_replay_waits_for_every_watched_set() -> None:
     one = RaiseReplay(["general", "other"], ["replay"], tolerance=0.1, factor=2.0, limit=0.3)
     with pytest.raises(KeepWeightsError, match="general, other"):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.proof.runs import run_config, write_corpora
+from tests.proof.runs import Records, run_config, write_corpora
 from tests.ranks import run_ranks
-from trainer.config import RunConfig, validate
+from trainer.config import RunConfig, schedule, validate
 from trainer.controllers.config import Table
 from trainer.controllers.graph import measure_graph, relative_drops
 from trainer.controllers.targets import fit_curve, fit_targets
@@ -84,3 +84,34 @@ def test_a_graph_is_measured_from_one_checkpoint(tmp_path: Path) -> None:
     skillit = {"kind": "skillit", "every": 3, "graph": str(tmp_path / "graph" / "graph.json")}
     controlled = run_config(tmp_path, run__name="then", controller=skillit, eval__every=3, **changes)
     assert validate(controlled, 1) == []
+
+
+def _watched(config: RunConfig, folder: Path) -> tuple[Table, list[float]]:
+    records = Records()
+    table = measure_graph(config, folder, steps=2, watch=lambda source: records)
+    return table, [step.lr for step in records.steps]
+
+
+def test_a_graph_is_of_corpora_under_the_learning_rates_of_the_run(tmp_path: Path) -> None:
+    """Whatever caps and shares they have in the mixture; what has a number of its own is left out."""
+    write_corpora(tmp_path)
+    sources: list[dict[str, object]] = [
+        {"name": "prose", "path": str(tmp_path / "prose"), "max_epochs": 0.01},
+        {"name": "code", "path": str(tmp_path / "code"), "share": 0.1},
+        {"name": "fixed", "path": str(tmp_path / "code"), "per_batch": 2},
+        {"name": "web", "path": str(tmp_path / "prose")},
+    ]
+    config = run_config(
+        tmp_path,
+        run__name="lr",
+        data__sources=sources,
+        data__validation=[{"name": "both", "path": str(tmp_path / "held-out")}],
+        eval__batches=1,
+        train__steps=20,
+        schedule={"kind": "cosine", "warmup_steps": 2},
+    )
+    table, rates = run_ranks(_watched, 1, config, tmp_path / "graph")[0]
+    assert list(table) == ["prose", "code", "web"]
+    plan = schedule(config)
+    assert rates == [plan.lr(step, plan.begin()) for step in (0, 1)] * 3
+    assert [path.name for path in (tmp_path / "graph").iterdir()] == ["graph.json"]
