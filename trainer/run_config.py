@@ -53,7 +53,7 @@ class EvalConfig(Settings):
     """Steps between evaluations; 0 evaluates only at the end. Without validation sets nothing runs."""
     at_start: bool | None = None
     """Also before the first step of a run: what it starts from, new weights or a checkpoint's. By default
-    where `dense` is on, since forgetting is measured from there."""
+    where `dense` is on, since forgetting is measured from there, and in the first of several stages."""
     batches: int | None = Field(default=None, gt=0)
     """Global batches of each validation set; all of it when not given."""
     dense: bool | None = None

@@ -110,6 +110,12 @@ def test_forgetting_is_reported_after_every_stage(run_file: Path) -> None:
     assert [stage["name"] for stage in stages] == ["first", "second", "third"]
 
 
+def test_the_report_has_the_losses_from_before_the_first_stage(run_file: Path) -> None:
+    report = json.loads((run_file.parent / "story" / "forgetting.json").read_text())
+    (before,), (after,), *_ = report["matrix"]["nats_per_token"]
+    assert before > after
+
+
 def test_what_is_done_is_left_and_what_is_not_goes_on(run_file: Path) -> None:
     """Without its last checkpoint the third stage makes one step; the first two are not touched."""
     whole, before = losses(run_file, "third")[8], len(history(run_file))

@@ -37,7 +37,22 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     stages: list[Stage] = []
     for own, file in stage_files(run_file):
         stages.append(_stage(own, file, stages))
-    return _keeping_branches(stages)
+    return _keeping_branches(_measured_from_the_start(stages))
+
+
+def _measured_from_the_start(stages: Sequence[Stage]) -> list[Stage]:
+    """The same stages; where others follow a first one, it evaluates before its first step as well.
+
+    Forward transfer compares with these losses. A stage that goes on from a checkpoint does so anyway, and
+    `eval.at_start` of the run file stands.
+    """
+    if len(stages) < 2:
+        return list(stages)
+    config = stages[0].config
+    if config.checkpoint.load is not None or config.eval.at_start is not None:
+        return list(stages)
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"at_start": True})})
+    return [replace(stages[0], config=config), *stages[1:]]
 
 
 def _keeping_branches(stages: Sequence[Stage]) -> list[Stage]:

@@ -186,6 +186,19 @@ schedule = { kind = "wsd", warmup_steps = 2, decay_steps = 5 }
 """
 
 
+def test_the_first_of_several_stages_is_evaluated_before_its_first_step(folder: Path) -> None:
+    assert [stage.config.eval.at_start for stage in stages(folder, FIRST, SECOND)] == [True, None]
+
+
+def test_a_run_of_one_stage_is_not(folder: Path) -> None:
+    assert stages(folder, FIRST)[0].config.eval.at_start is None
+
+
+def test_the_run_file_decides_whether_the_first_stage_is_evaluated_at_its_start(folder: Path) -> None:
+    found = stages(folder, "[eval]\nat_start = false\n", FIRST, SECOND)
+    assert [stage.config.eval.at_start for stage in found] == [False, False]
+
+
 def test_the_next_stage_goes_on_from_before_the_anneal(folder: Path) -> None:
     """19 - 5 is the last step at the peak: steps 0 to 14 are done after it."""
     trunk, second = stages(folder, TRUNK, SECOND)
