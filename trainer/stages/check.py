@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from trainer.config import (
     RunConfig,
     open_start,
-    resumes_itself,
     schedule,
-    start_decisions,
     starting_checkpoint,
     validate,
 )
@@ -18,6 +16,7 @@ from trainer.data.mixture_config import nearest
 from trainer.schedule import ScheduleConfig
 from trainer.stages.load_stages import planned_anchor
 from trainer.stages.plan import takeover
+from trainer.stages.replay_check import data_position, replay_problems
 from trainer.stages.stage import Stage
 
 
@@ -46,7 +45,11 @@ def stage_problems(stage: Stage, stages: Sequence[Stage], world_size: int) -> li
     else:
         found = validate(_without_start(stage.config), world_size)
         found += schedule(stage.config).problems(planned_anchor(stage, stages))
-    return found or [*takeover(stage, stages).problems, *_cap_problems(stage)]
+    return found or [
+        *takeover(stage, stages).problems,
+        *replay_problems(stage, stages),
+        *_cap_problems(stage),
+    ]
 
 
 def validation_problems(stages: Sequence[Stage]) -> list[str]:
@@ -80,13 +83,8 @@ def _cap_problems(stage: Stage) -> list[str]:
     """Sources that do not last for the stage; what an earlier stage is still to read is not counted."""
     from trainer.data.caps import cap_problems  # brings numpy, which no wrong key needs
 
-    config, state, first = stage.config, None, stage.first_step
-    path = None if stage.waits else starting_checkpoint(config)
-    if path is not None:
-        opened = open_start(config, path)
-        decisions = start_decisions(config, opened, same_run=resumes_itself(config, path))
-        state = opened.manifest.state.get("data") if decisions["data"].verdict == "keep" else None
-        first = opened.manifest.step if decisions["step"].verdict == "keep" else 0
+    config = stage.config
+    state, first = (None, stage.first_step) if stage.waits else data_position(config)
     return cap_problems(
         config.data,
         seed=config.run.seed,

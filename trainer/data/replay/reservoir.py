@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -78,9 +79,10 @@ class Reservoir:
         """Remove samples that were read from earlier steps on; whoever goes back there writes them again."""
         if not self._writes:
             return
-        pattern = re.compile(re.escape(self._stem) + r"-(\d{9,})-[0-9a-f]{12}\.(bin|idx)")
+        sample = re.escape(self._stem) + r"-(\d{9,})-[0-9a-f]{12}"
+        pattern = re.compile(rf"({sample}|\.{sample}\.[0-9a-f]{{8}}\.partial)\.(bin|idx)")
         for path in sorted(self._folder.glob("*"), reverse=True):  # .idx first: no sample without tokens
-            if (found := pattern.fullmatch(path.name)) and int(found[1]) < step:
+            if (found := pattern.fullmatch(path.name)) and int(found[2] or found[3]) < step:
                 path.unlink(missing_ok=True)
                 self._written.pop(path.with_suffix(""), None)
 
@@ -128,7 +130,7 @@ def token_type(parts: Sequence[SeenDocuments]) -> np.dtype[np.generic]:
 def write_pair(prefix: Path, pool: Pool, dtype: np.dtype[np.generic]) -> None:
     """Write all documents of a pool as a pair of files that is either whole or not there."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    temporary = prefix.with_name(f".{prefix.name}.{os.getpid()}.partial")
+    temporary = prefix.with_name(f".{prefix.name}.{secrets.token_hex(4)}.partial")
     begins, lengths = pool.spans(np.arange(len(pool), dtype=np.int64))
     ends = np.cumsum(lengths)
     with open(f"{temporary}.bin", "wb") as file:
