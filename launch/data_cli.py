@@ -43,6 +43,24 @@ SuffixOption = Annotated[
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+MetadataOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Also write PREFIX.meta: this field of every JSON line, to stand before its text; of other "
+        "files, path.",
+        show_default=False,
+    ),
+]
+MetadataTemplateOption = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="How it stands there: {} is the value, {domain} the host of a URL, \\n a line break. By "
+        "default KEY: {}\\n\\n",
+        show_default=False,
+    ),
+]
 TOKENIZER_HELP = "bytes, a tokenizer.json, a folder that has one, or a SentencePiece .model."
 EodOption = Annotated[
     str | None,
@@ -73,24 +91,8 @@ def prepare(
             metavar="SHARE", help="Share of the documents to hold out in PREFIX-validation, as in 0.01."
         ),
     ] = 0.0,
-    metadata: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY",
-            help="Also write PREFIX.meta: this field of every JSON line, to stand before its text; of other "
-            "files, path.",
-            show_default=False,
-        ),
-    ] = None,
-    metadata_template: Annotated[
-        str,
-        typer.Option(
-            metavar="TEXT",
-            help="How it stands there: {} is the value, {domain} the host of a URL, \\n a line break. By "
-            "default KEY: {}\\n\\n",
-            show_default=False,
-        ),
-    ] = "",
+    metadata: MetadataOption = None,
+    metadata_template: MetadataTemplateOption = "",
     overwrite: OverwriteOption = False,
 ) -> None:
     """Turn text into Megatron's .bin and .idx.

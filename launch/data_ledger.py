@@ -116,7 +116,7 @@ def _table(ledger: Ledger, documents: dict[str, Documents]) -> Table:
         table.add_row(
             Text(entry.name),
             "?" if read is None else f"{read:,}",
-            f"{entry.tokens:,}",
+            f"{entry.fed:,}",
             f"{entry.epochs:.2f}",
             f"{entry.asked:.3%}",
             f"{entry.realised:.3%}",
@@ -125,7 +125,7 @@ def _table(ledger: Ledger, documents: dict[str, Documents]) -> Table:
         known = [one.read for one in documents.values() if one.read is not None]
         total = f"{sum(known):,}" if len(known) == len(documents) else "?"
         table.add_row(
-            "all", total, f"{sum(one.tokens for one in ledger.sources):,}", "", "", "", style="bold"
+            "all", total, f"{sum(one.fed for one in ledger.sources):,}", "", "", "", style="bold"
         )
     return table
 
@@ -161,7 +161,8 @@ def _as_json(folder: Path, ledger: Ledger, documents: dict[str, Documents]) -> d
                 "path": entry.path,
                 "documents": documents[entry.name].read,
                 "documents_in_source": documents[entry.name].all,
-                "tokens": entry.tokens,
+                "tokens": entry.fed,
+                "tokens_of_metadata": entry.metadata,
                 "tokens_in_epoch": entry.epoch_tokens,
                 "epochs": entry.epochs,
                 "share_asked": entry.asked,

@@ -20,7 +20,7 @@ from trainer.config import (
 )
 from trainer.config_problems import report
 from trainer.data.config import DataConfig
-from trainer.data.indexed import IndexedReader
+from trainer.data.transforms.opening import sizes_of
 from trainer.data.weights import resolve_weights
 from trainer.schedule import Anchor
 from trainer.stages.anchoring import anchor_of
@@ -83,10 +83,7 @@ def asked_shares(data: DataConfig, global_batch: int) -> dict[str, float]:
     """
     mixture = data.mixture
     by_size = mixture.temperature or any(group.temperature for group in mixture.groups.values())
-    sizes = {
-        source.name: IndexedReader(source.path).num_tokens if by_size and source.path else 1
-        for source in data.sources
-    }
+    sizes = sizes_of(data) if by_size else dict.fromkeys((source.name for source in data.sources), 1)
     return resolve_weights(mixture, data.sources, sizes, global_batch=global_batch)
 
 

@@ -169,8 +169,11 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
     nothing and starts nothing.
     """
     from trainer.data.corpus import data_problems  # brings numpy, which no wrong key needs
+    from trainer.data.transforms.opening import opening_problems
 
     problems = data_problems(config.data)
+    if not problems:
+        problems += opening_problems(config.data)
     problems += batch_problems(config.data.mixture, config.data.sources, config.train.global_batch)
     problems += controller_problems(config.controller, config.data, eval_every=config.eval.every)
     model: Architecture | None = None

@@ -33,10 +33,13 @@ from trainer.start import Start, begin, start_from
 
 @dataclass(frozen=True)
 class StepBatches:
-    """A data rank's share of a global batch, and the sum of the loss weights of the whole of it."""
+    """A data rank's share of a global batch, and the sum of the loss weights of the whole of it.
+
+    That sum is None where it has to be counted over the data ranks.
+    """
 
     micro_batches: list[MicroBatch]
-    tokens: int
+    tokens: float | None
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Session:
             data_size=self.mesh.data,
             micro_batch=self.config.train.micro_batch,
         )
-        return StepBatches(micro_batches, self.stream.valid_tokens(step))
+        return StepBatches(micro_batches, self.stream.weight_of(step))
 
     def save(self) -> None:
         """Save a checkpoint of the steps done so far, in the background where the run file allows it."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from trainer.data.config import DataConfig
 from trainer.data.dealing import CapsReachedError, Cursor, Dealer, Terms
-from trainer.data.indexed import IndexedReader
 from trainer.data.position import Position
 from trainer.data.terms import groups_of, terms_of
+from trainer.data.transforms.opening import sizes_of
+from trainer.data.transforms.state import position_here
 
 EXACT_SEQUENCES = 2_000_000
 """Up to so many sequences a stage is dealt for the answer, which takes seconds at most."""
@@ -45,10 +46,12 @@ def cap_problems(
     """
     if not any(source.max_epochs for source in config.sources):
         return []
-    sizes = {one.name: IndexedReader(one.path).num_tokens if one.path else 1 for one in config.sources}
+    sizes = sizes_of(config)
     terms = terms_of(config, sizes, seed=seed, global_batch=global_batch, stage=stage)
     if any(weight and terms.caps[name] is None for name, weight in terms.weights.items()):
         return []
+    if state is not None:
+        state = position_here(config, state, seed=seed)
     start = _start(terms, first_step, state)
     if not _left(terms, start):
         return []  # what has a cap takes no part

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from parallel.settings import Settings
 from trainer.data.mixture_config import MixtureConfig, by_weight, mixture_problems, takes_part
 from trainer.data.replay.config import ReplayConfig
+from trainer.data.transforms.config import TransformConfig, transform_problems
 
 
 def without_extension(path: str) -> str:
@@ -89,6 +90,7 @@ class DataConfig(Settings):
     """Tokens in a sequence."""
     sources: tuple[SourceConfig, ...] = ()
     mixture: MixtureConfig = MixtureConfig()
+    transforms: tuple[TransformConfig, ...] = ()
     validation: tuple[ValidationConfig, ...] = ()
     document_mask: bool = True
     """Attention stops at the borders of documents and positions restart there. Off: one sequence is one
@@ -108,6 +110,11 @@ class DataConfig(Settings):
             raise ValueError("; ".join(problems))
         return self
 
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The groups that sources are in, in the order of the sources."""
+        return tuple(dict.fromkeys(source.group for source in self.sources if source.group is not None))
+
     def problems(self) -> list[str]:
         """What keeps these files from being read, without opening them; empty when nothing does."""
         found: list[str] = []
@@ -116,6 +123,7 @@ class DataConfig(Settings):
                 "data.sources: no source to train on; add a [[data.sources]] with name, path and weight"
             )
         found += mixture_problems(self.mixture, self.sources) + self._replay_problems()
+        found += transform_problems(self.transforms, self.sources)
         for section, entries in (("sources", self.sources), ("validation", self.validation)):
             for entry in entries:
                 problems = _pair_problems(entry.path) if entry.path is not None else []

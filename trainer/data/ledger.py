@@ -33,11 +33,12 @@ class SourceEntry:
         name: of the source.
         path: prefix of its files, as the run file had it; empty where the checkpoint does not say.
         epoch_tokens: tokens of all its documents.
-        tokens: tokens read.
+        tokens: tokens read of them.
         asked: share of the tokens that it was to have, over all segments.
         realised: share of the tokens that it had, over all segments.
         replays: of a replay source what it reads at present; `epoch_tokens` are those of that.
         reservoir_tokens: where that is a sample, the most tokens of it.
+        metadata: tokens that stood before the documents, in stages with metadata.
     """
 
     name: str
@@ -48,6 +49,12 @@ class SourceEntry:
     realised: float
     replays: ReplaySet | None = None
     reservoir_tokens: int | None = None
+    metadata: int = 0
+
+    @property
+    def fed(self) -> int:
+        """Tokens that the model was fed of this source."""
+        return self.tokens + self.metadata
 
     @property
     def epochs(self) -> float:
@@ -102,6 +109,7 @@ class Ledger:
                 tokens=one["tokens"],
                 asked=shares.get(one["name"], (0.0, 0.0))[0],
                 realised=shares.get(one["name"], (0.0, 0.0))[1],
+                metadata=one.get("fed", one["tokens"]) - one["tokens"],
                 **(_replay_of(replays[one["name"]]) if one["name"] in replays else {}),
             )
             for one in state["sources"]

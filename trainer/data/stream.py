@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.data.batch import COLUMNS, NEXT_TOKEN, NO_GROUP, MicroBatch
-from trainer.data.config import DataConfig
+from trainer.data.config import DataConfig, SourceConfig
 from trainer.data.corpus import OpenedCorpora, open_corpora
 from trainer.data.dealing import Cursor, Dealer
 from trainer.data.mixture import rank_among_equals
@@ -29,6 +29,8 @@ from trainer.data.reader import Documents
 from trainer.data.replay.opening import ReplaySetting, StageFolder, open_replays
 from trainer.data.terms import groups_of, terms_of
 from trainer.data.tokenizer import Tokenizer
+from trainer.data.transforms.reading import Transforms
+from trainer.data.transforms.state import Positions
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class StepPlan:
     """by source: what its spans are of"""
 
     @property
-    def valid_tokens(self) -> int:
-        """Labels of the whole step that count."""
-        return sum(spans.learnt for spans in self.spans.values())
+    def learnt(self) -> dict[int, int]:
+        """By source, labels of the whole step that count."""
+        return {source: spans.learnt for source, spans in self.spans.items()}
 
 
 class Batches(ABC):
@@ -67,6 +69,7 @@ class Batches(ABC):
         self.sequence_length = config.sequence_length
         self._document_mask = config.document_mask
         self._groups = [NO_GROUP] * len(names)
+        self._transforms: Transforms | None = None
         self._plans: dict[int, StepPlan] = {}
         self._lock = threading.Lock()  # the next step is planned in a thread while this one is looked at
 
@@ -82,8 +85,17 @@ class Batches(ABC):
     def _plan(self, step: int) -> StepPlan: ...
 
     def valid_tokens(self, step: int) -> int:
-        """Sum of the loss weights over the whole step: all data ranks, all micro-batches. Reads no token."""
-        return self.plan(step).valid_tokens
+        """Labels that count over the whole step: all data ranks, all micro-batches. Reads no token."""
+        return sum(self.plan(step).learnt.values())
+
+    def weight_of(self, step: int) -> float | None:
+        """Sum of the loss weights over the whole step. Reads no token.
+
+        None where only the tokens tell it, since a transform may change the weights by what they are.
+        """
+        if self._transforms is None:
+            return self.valid_tokens(step)
+        return self._transforms.total(self.plan(step).learnt)
 
     def micro_batches(
         self, step: int, *, data_rank: int, data_size: int, micro_batch: int
@@ -103,14 +115,15 @@ class Batches(ABC):
                 f"x train.micro_batch {micro_batch} = {group}; change one of the three"
             )
         slots = np.arange(self.global_batch).reshape(-1, data_size, micro_batch)[:, data_rank].reshape(-1)
-        full = self._read(self.plan(step), slots)
+        full = self._read(step, slots)
         return [
             MicroBatch(*(one[at : at + micro_batch] for one in full))
             for at in range(0, len(slots), micro_batch)
         ]
 
-    def _read(self, plan: StepPlan, slots: NDArray[np.int64]) -> list[torch.Tensor]:
+    def _read(self, step: int, slots: NDArray[np.int64]) -> list[torch.Tensor]:
         """The fields of a MicroBatch for these sequences of the step, [slots, s] each."""
+        plan = self.plan(step)
         shape = (len(slots), self.sequence_length)
         columns: dict[str, NDArray[Any]] = {name: np.empty(shape, kind) for name, kind in COLUMNS.items()}
         columns["objectives"][:] = NEXT_TOKEN
@@ -129,6 +142,9 @@ class Batches(ABC):
                 columns[name][chosen] = column
             columns["sources"][chosen] = source
             columns["groups"][chosen] = self._groups[source]
+            if self._transforms is not None:
+                numbers = step * self.global_batch + slots[chosen]
+                self._transforms.change(source, columns, chosen, numbers.tolist())
         return [torch.from_numpy(column) for column in columns.values()]
 
     def _check_ids(self, plan: StepPlan, source: int, *ids: NDArray[np.int64]) -> None:
@@ -173,22 +189,29 @@ class TokenStream(Batches):
         super().__init__(config, tokenizer, names=names, global_batch=global_batch)
         read_from_files = [source.name for source in config.sources if source.replay is None]
         corpora: dict[str, Documents] = dict(zip(read_from_files, opened, strict=True))
-        sizes = {name: corpora[name].num_tokens if name in corpora else 1 for name in names}
+        transforms = Transforms(config, corpora, tokenizer, seed=seed) if config.transforms else None
+        self._transforms, self._positions = transforms, Positions(transforms.places if transforms else {})
+        self._groups = [_group(config, source) for source in config.sources]
+        documents = transforms.documents if transforms else corpora
+        sizes = {name: documents[name].num_tokens if name in documents else 1 for name in names}
         self._position = Position.begin(
             terms_of(config, sizes, seed=seed, global_batch=global_batch, stage=stage),
             tokenizer=tokenizer.fingerprint,
             paths={source.name: source.path or "" for source in config.sources},
             first_step=first_step,
         )
+        here = state
         if state is not None:
-            self._position = self._position.resume(state)
+            texts = {name: corpus.num_tokens for name, corpus in corpora.items()}
+            here = self._positions.enter(state, texts, seed=seed)
+            self._position = self._position.resume(here)
         start = self._position.start
         self._dealer = Dealer(self._position.terms, start, groups_of(config))
-        self._orders = {name: SourceOrder(one, seed=seed, name=name) for name, one in corpora.items()}
+        self._orders = {name: SourceOrder(one, seed=seed, name=name) for name, one in documents.items()}
         setting = ReplaySetting(config, tokenizer, corpora, seed, stage, state, folder)
         self._past_replays: Mapping[str, Any] = (state or {}).get("replay", {})
         self._replays = open_replays(setting, start.step, self._tokens_read)
-        self._go_on(state["sources"] if state is not None else [])
+        self._go_on(here["sources"] if here is not None else [])
 
     def _go_on(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Let each source find its place at once where it goes on from what the state says."""
@@ -203,9 +226,11 @@ class TokenStream(Batches):
                 order.go_on(read - begin, (place[0], place[1]))
 
     def _tokens_read(self, step: int) -> dict[str, int]:
-        """By source, those that are not in the mixture included, tokens read before `step`."""
+        """By source, absent ones included, tokens read before `step`; metadata is not counted."""
         absent = {name: tokens for name, (_, tokens) in self._position.absent.items()}
-        return absent | dict(zip(self.source_names, self._dealer.at(step).read, strict=True))
+        read = dict(zip(self.source_names, self._dealer.at(step).read, strict=True))
+        places = self._transforms.places if self._transforms is not None else {}
+        return absent | read | {name: one.text_before(read[name]) for name, one in places.items()}
 
     def _order(self, name: str, step: int) -> tuple[SourceOrder, int]:
         """What a source is read from in `step`, and the tokens that had been read of it when that began."""
@@ -229,6 +254,7 @@ class TokenStream(Batches):
                     order, begin = self._order(entry["name"], step)
                     entry["epoch_tokens"] = order.corpus.num_tokens
                     entry["passed"] = order.passed(read - begin)  # or a resume would walk there
+            state = self._positions.leave(state)
             replays = {name: replay.state(step) for name, replay in self._replays.items()}
             return state | ({"replay": past} if (past := {**self._past_replays, **replays}) else {})
 
@@ -273,11 +299,16 @@ class TokenStream(Batches):
             if count:
                 order, begin = self._order(self.source_names[source], step)
                 wanted = count * self.sequence_length + 1
-                spans[source] = order.spans(cursor.read[source] - begin, wanted)
+                found = order.spans(cursor.read[source] - begin, wanted)
+                spans[source] = found if self._transforms is None else self._transforms.mark(source, found)
                 corpora[source] = order.corpus
         for replay in self._replays.values():
             replay.prepare(step)
         return StepPlan(sources, rank_among_equals(sources), spans, corpora)
+
+
+def _group(config: DataConfig, source: SourceConfig) -> int:
+    return NO_GROUP if source.group is None else config.group_names.index(source.group)
 
 
 class ValidationStream(Batches):
