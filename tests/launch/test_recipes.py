@@ -20,6 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 RECIPES = recipe_names()
 QUICK = ("infinite-three-corpora", "kl-to-start")
 STEPS = 3
+OVERRIDE = r"--set\s+([\w.-]+=(?:'[^']*'|[^\s,;:)]*))"
 
 
 def ratoon(*arguments: str) -> Result:
@@ -73,11 +74,9 @@ def test_every_recipe_says_whom_it_follows_and_what_to_watch(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_a_recipe_suggests_to_set_can_run(here: Path, name: str) -> None:
     path, head = written(name), recipe_text(name).partition("\n\n")[0].replace("\n#", "")
-    for command in re.findall(r"((?:--set\s+[\w.-]+=(?:'[^']*'|[^\s,;:)]+)\s*)+)", head):
-        said = [
-            one.replace("'", "") for one in re.findall(r"--set\s+([\w.-]+=(?:'[^']*'|[^\s,;:)]+))", command)
-        ]
-        overrides = [part for one in said for part in ("--set", one.rstrip("."))]
+    for together in re.finditer(rf"(?:{OVERRIDE}\s*)+", head):
+        found = re.findall(OVERRIDE, together[0])
+        overrides = [word for one in found for word in ("--set", one.replace("'", "").rstrip("."))]
         result = ratoon("plan-resume", str(path), *overrides)
         assert result.exit_code == 0, (overrides, result.output)
 
@@ -106,10 +105,10 @@ def test_an_unknown_recipe_is_refused_and_a_file_is_not_replaced(here: Path) -> 
 
 
 def shortened(path: Path) -> list[str]:
-    """`--set` overrides that leave of every stage a few small steps."""
+    """`--set` overrides that leave of every stage a few steps: enough for documents to end."""
     values = read_run_file(path).values
     overrides = ["model.preset=tiny", "train.global_batch=4", "train.micro_batch=2", "eval.batches=1"]
-    overrides += ["data.sequence_length=64", "eval.dense_batches=1", "metrics.every=1"]
+    overrides += ["data.sequence_length=256", "eval.dense_batches=1", "metrics.every=1"]
     for key in ("warmup_steps", "cooldown_steps"):
         overrides += [f"schedule.{key}=1"] * (key in values.get("schedule", {}))
         overrides += [
