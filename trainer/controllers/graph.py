@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,10 @@ import torch
 from parallel.mesh import destroy_mesh
 from trainer.config import RunConfig, open_start, resolve, schedule, start_decisions, starting_checkpoint
 from trainer.controllers.config import ControllerConfig, Table
+from trainer.data.choice import choice_problems
 from trainer.data.config import SourceConfig
 from trainer.data.mixture_config import MixtureConfig
+from trainer.data.transforms.config import TransformConfig
 from trainer.loop import train
 from trainer.metrics.sink import EvaluationRecord, MetricSink, RunInfo, SinkList, StepRecord
 from trainer.stages.anchoring import anchor_of
@@ -111,11 +113,15 @@ def _alone(config: RunConfig, source: SourceConfig, folder: Path, steps: range, 
     """The run on one source, without its cap, evaluated at its beginning and its end."""
     plain = {"share": None, "per_batch": None, "max_epochs": None}
     sources = tuple(one.model_copy(update=plain) for one in config.data.sources if one.path is not None)
-    mixture = MixtureConfig(weights={one.name: float(one.name == source.name) for one in sources})
+    data = {
+        "sources": sources,
+        "mixture": MixtureConfig(weights={one.name: float(one.name == source.name) for one in sources}),
+        "transforms": transforms_of(config.data.transforms, sources),
+    }
     checkpoint = {"resume": False, "every": steps.stop, "at": (), "keep": 1}
     update = {
         "run": config.run.model_copy(update={"name": source.name, "dir": folder / source.name}),
-        "data": config.data.model_copy(update={"sources": sources, "mixture": mixture}),
+        "data": config.data.model_copy(update=data),
         "controller": ControllerConfig(),
         "schedule": config.schedule.model_copy(update={"steps": length}),
         "train": config.train.model_copy(update={"steps": steps.stop}),
@@ -123,6 +129,20 @@ def _alone(config: RunConfig, source: SourceConfig, folder: Path, steps: range, 
         "eval": config.eval.model_copy(update={"every": 0, "at_start": True, "dense": False}),
     }
     return config.model_copy(update=update)
+
+
+def transforms_of(
+    transforms: Sequence[TransformConfig], sources: Sequence[SourceConfig]
+) -> tuple[TransformConfig, ...]:
+    """The transforms as far as they are for these sources: replay, which has none of its own, is left out."""
+    found = []
+    for one in transforms:
+        patterns = one.sources
+        if patterns is not None:
+            patterns = tuple(text for text in patterns if not choice_problems([text], sources))
+        if patterns != ():
+            found.append(one.model_copy(update={"sources": patterns}))
+    return tuple(found)
 
 
 class _Evaluations:

@@ -12,8 +12,10 @@ from tests.proof.runs import Records, run_config, write_corpora
 from tests.ranks import run_ranks
 from trainer.config import RunConfig, schedule, validate
 from trainer.controllers.config import Table
-from trainer.controllers.graph import measure_graph, relative_drops
+from trainer.controllers.graph import measure_graph, relative_drops, transforms_of
 from trainer.controllers.targets import fit_curve, fit_targets
+from trainer.data.config import SourceConfig
+from trainer.data.transforms.config import TransformConfig
 from trainer.metrics.json_lines import JsonLines
 from trainer.metrics.sink import EvaluationRecord, RunInfo
 
@@ -84,6 +86,16 @@ def test_a_graph_is_measured_from_one_checkpoint(tmp_path: Path) -> None:
     skillit = {"kind": "skillit", "every": 3, "graph": str(tmp_path / "graph" / "graph.json")}
     controlled = run_config(tmp_path, run__name="then", controller=skillit, eval__every=3, **changes)
     assert validate(controlled, 1) == []
+
+
+def test_transforms_of_replay_alone_are_left_out_of_the_graph() -> None:
+    source = SourceConfig(name="prose", path="prose")
+    given = [
+        TransformConfig(kind="loss_weight", factor=0.5, sources=("replay",)),
+        TransformConfig(kind="loss_weight", factor=0.1, sources=("replay", "p*")),
+    ]
+    (found,) = transforms_of(given, [source])
+    assert (found.factor, found.sources) == (0.1, ("p*",))
 
 
 def _watched(config: RunConfig, folder: Path) -> tuple[Table, list[float]]:
