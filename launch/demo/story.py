@@ -21,8 +21,8 @@ from parallel.layout import Layout
 
 WIDTH = 80
 OPENING = (
-    "A small Llama learns prose and goes on with code, in two ways, and forgets prose over it: more or less. "
-    "Each way is one run file of two stages; between them the layout changes."
+    "A small Llama learns prose, then code, in two ways: one forgets more of the prose, the other less. Each "
+    "way is one run file of two stages; between them the layout changes."
 )
 TOKENS = (
     "Prose is Python's own reference, code its standard library; nothing is downloaded. A byte-pair "
@@ -118,12 +118,16 @@ class Story:
         files, folders = zip(
             *((shown(plan.run_file(way)), shown(plan.run_folder(way))) for way in WAYS), strict=True
         )
-        replay = f"--set run.dir={shown(plan.folder / 'replay')} --set stage.1.mixture.weights.prose=0.11"
+
+        def afresh(name: str) -> str:
+            return f"--set run.dir={shown(plan.folder / name)}"
+
+        replay = f"{afresh('replay')} --set stage.1.mixture.weights.prose=0.11"
         self._heading(f"Done in {duration(seconds)}: where things are, and how to go on")
         rows = [
             ("picture", shown(plan.picture)),
             ("what they forgot", f"ratoon report forgetting {' '.join(folders)}"),
-            ("what was kept", f"ratoon plan-resume {files[0]} --ranks {plan.ranks}"),
+            ("what is kept", f"ratoon plan-resume {files[0]} --ranks {plan.ranks} {afresh('again')}"),
             ("what was read", f"ratoon data ledger {folders[1]}"),
             ("learning rates", f"ratoon plot schedule {files[1]}"),
             ("look inside", f"ratoon checkpoint inspect {folders[1]}/code"),
