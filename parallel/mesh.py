@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from parallel.layout import Layout
 from parallel.timeout import TIMEOUT_MINUTES
 
 _STREAMS = 10_000  # megatron-core spreads the streams of tensor and expert ranks over a few thousand seeds
+_built: list[dist.ProcessGroup] = []
+"""Of this process, since the last `destroy_mesh`."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = TIMEOUT_
             layers or other tokens get other streams, tensor ranks the same one for what they all hold.
     """
     host.activate()
+    before = _groups_of_torch()
     ps.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -109,12 +113,30 @@ def build_mesh(layout: Layout, *, seed: int = 0, timeout_minutes: int = TIMEOUT_
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,  # the default group's backends take tensors on the host as well
     )
+    _built.extend(group for group in _groups_of_torch() if group not in before)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + _STREAMS * (dist.get_rank() // layout.tensor))
     return Mesh(
         layout, dist.get_world_size(), dist.get_rank(), ProcessGroupCollection.use_mpu_process_groups()
     )
 
 
-def destroy_mesh() -> None:
-    """Forget megatron-core's process groups, so that another layout can be built in this process."""
+def forget_mesh() -> None:
+    """Let megatron-core forget its process groups, which live on; another layout can be built beside them."""
     ps.destroy_model_parallel()
+
+
+def destroy_mesh() -> None:
+    """End all process groups that `build_mesh` has made in this process; another layout can be built then.
+
+    Every rank calls it, when nothing on these groups is under way. Their connections and threads end when
+    nobody holds the groups any more: drop engines and sessions first.
+    """
+    forget_mesh()
+    while _built:
+        dist.destroy_process_group(_built.pop())
+    gc.collect()  # models and optimizers hold groups in cycles
+
+
+def _groups_of_torch() -> list[dist.ProcessGroup]:
+    """All that this rank is in; megatron-core does not keep all that it makes."""
+    return list(dist.distributed_c10d._world.pg_map)

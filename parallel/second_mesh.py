@@ -14,7 +14,7 @@ from typing import Any
 from megatron.core import parallel_state as ps
 
 from parallel.layout import Layout
-from parallel.mesh import Mesh, build_mesh, destroy_mesh
+from parallel.mesh import Mesh, build_mesh, forget_mesh
 from parallel.random_state import get_random_state, set_random_state
 
 
@@ -28,7 +28,7 @@ class SecondMesh:
     def __init__(self, layout: Layout) -> None:
         """Make its process groups; the random streams stay as they are. A collective of all ranks."""
         first, random = _globals(), get_random_state()
-        destroy_mesh()  # forgets the groups, which live on in `first`
+        forget_mesh()  # its groups live on in `first`
         try:
             self.mesh: Mesh = build_mesh(layout)
             self._globals = _globals()

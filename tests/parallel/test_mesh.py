@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -127,3 +128,21 @@ def test_dropout_differs_except_for_what_tensor_ranks_all_hold(
     assert all(defaults[rank] == defaults[rank // tensor * tensor] for rank in range(RANKS))
     own = [found[name]["streams"]["model-parallel-rng"] for found in ranks]
     assert len(set(own)) == RANKS
+
+
+def threads_of_meshes() -> list[int]:
+    """This process's threads after each of some meshes that have been built, used and destroyed."""
+    found: list[int] = []
+    for _ in range(4):
+        mesh = build_mesh(Layout(tensor=2))
+        dist.all_reduce(torch.ones(1), group=mesh.groups.tp)
+        assert len(os.listdir("/proc/self/task")) > min(found, default=0)
+        del mesh
+        destroy_mesh()
+        found.append(len(os.listdir("/proc/self/task")))
+    return found
+
+
+def test_a_destroyed_mesh_leaves_no_threads() -> None:
+    for threads in run_ranks(threads_of_meshes, 2):
+        assert len(set(threads)) == 1, threads
