@@ -9,7 +9,8 @@ import ast
 import importlib.util
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +27,8 @@ NO_QUESTIONS = frozenset({"test", "tests", "lib2to3", "idlelib", "site-packages"
 """Packages of the standard library that no questions are asked about: tests, bulk, and the task itself."""
 LANGUAGE, PYTHON, TORCH = "docs.python.org", "github.com/python/cpython", "github.com/pytorch/pytorch"
 LIBRARY = f"{PYTHON}/Lib"
+DESCRIBED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+"""What can have a docstring."""
 
 
 def prose() -> Iterator[Record]:
@@ -87,9 +90,6 @@ def docstring_share(text: str) -> float:
     """Characters of docstrings by characters in all."""
     described = (node for node in ast.walk(ast.parse(text)) if isinstance(node, DESCRIBED))
     return sum(len(ast.get_docstring(node) or "") for node in described) / max(len(text), 1)
-
-
-DESCRIBED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def task() -> Iterator[Record]:
@@ -156,9 +156,13 @@ def pieces(text: str, characters: int) -> Iterator[str]:
 
 def write_records(path: Path, records: Iterable[Mapping[str, str]]) -> None:
     """Write JSON lines."""
-    lines: Sequence[str] = [json.dumps(record, ensure_ascii=False) for record in records]
+    lines = (json.dumps(record, ensure_ascii=False) for record in records)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> str:
+    """A module in the encoding that it declares; any other file in UTF-8."""
+    if path.suffix == ".py":
+        with tokenize.open(path) as module:
+            return module.read()
     return path.read_text(encoding="utf-8-sig")
