@@ -21,11 +21,11 @@ from typing import Any
 
 from launch.demo.corpora import demo_corpora
 from tools.continual_table import bed
-from tools.continual_table.all_claims import CLAIMS
-from tools.continual_table.arms import Arm, arms, seed_folder
+from tools.continual_table.arm import WEB, Arm, seed_folder
 from tools.continual_table.bed import CORPORA, Bed, Size
 from tools.continual_table.claims import Found, judge, measure_noise
 from tools.continual_table.markdown import claim_table, replaced, run_table, summary
+from tools.continual_table.methods import CLAIMS, arms
 from tools.continual_table.outcome import Outcome, Seed, read_outcome
 from tools.continual_table.running import Cost, run_all
 
@@ -70,8 +70,9 @@ def measure(folder: Path, seeds: Sequence[int], size: Size, only: Sequence[str] 
     if not (data / "tokenizer.json").exists():
         demo_corpora(data, CORPORA)
     work = []
+    share = address_share(data)
     for seed in seeds:
-        place = Bed(data, seed_folder(folder.absolute(), seed), seed, size)
+        place = Bed(data, seed_folder(folder.absolute(), seed), seed, size, share)
         work += [(place, arm) for arm in chosen(arms(place), only)]
     outcomes: dict[int, dict[str, Outcome]] = {seed: {} for seed in seeds}
     began = time.monotonic()
@@ -86,6 +87,15 @@ def measure(folder: Path, seeds: Sequence[int], size: Size, only: Sequence[str] 
     run_all(work, done=done)
     order = [arm.name for _, arm in work]
     return {seed: {name: ran[name] for name in order if name in ran} for seed, ran in outcomes.items()}
+
+
+def address_share(data: Path) -> float:
+    """Tokens of the addresses of web pages, for each token of their text."""
+    from trainer.data.indexed import IndexedReader
+    from trainer.data.metadata import METADATA
+
+    prefix = str(data / WEB)
+    return IndexedReader(prefix + METADATA).num_tokens / IndexedReader(prefix).num_tokens
 
 
 def chosen(every: Sequence[Arm], only: Sequence[str]) -> list[Arm]:

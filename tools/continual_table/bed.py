@@ -28,7 +28,8 @@ class Size:
         call: steps between two calls of a controller.
         reservoir: tokens of prose that a reservoir holds.
         fisher: gradients that EWC's Fisher matrix is measured on.
-        eval_batches, dense_batches: global batches that whole and dense evaluations read of each set.
+        eval_batches, dense_batches: the most global batches that whole and dense evaluations read of a set;
+            the first are the first ones, the others are spread over those.
         global_batch: sequences of 128 tokens.
     """
 
@@ -59,12 +60,12 @@ FULL = Size(
     pretrain=400,
     more=200,
     warmup=20,
-    short=60,
+    short=100,
     skill=30,
-    call=20,
+    call=25,
     reservoir=50_000,
     fisher=128,
-    eval_batches=14,
+    eval_batches=40,
     dense_batches=6,
     global_batch=8,
 )
@@ -100,12 +101,14 @@ class Bed:
     Attributes:
         data: folder of the demo corpora.
         folder: of the seed; every run has a folder in it, and its run file beside that.
+        address_share: tokens of the addresses of web pages, for each token of their text.
     """
 
     data: Path
     folder: Path
     seed: int
     size: Size
+    address_share: float = 0.0
 
     def corpus(self, name: str) -> str:
         """Prefix of a corpus."""
@@ -142,7 +145,6 @@ class Bed:
             },
             "checkpoint": {"every": 10**6},
             "eval": {
-                "at_start": True,
                 "dense": False,
                 "batches": size.eval_batches,
                 "dense_batches": size.dense_batches,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from tools.continual_table.arms import NEW, OLD
+from tools.continual_table.arm import NEW, OLD
 from tools.continual_table.outcome import Curve, Outcome, Seed
 from trainer.forgetting.gap import Gap, measure_gap
 

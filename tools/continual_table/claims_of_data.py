@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tools.continual_table.arms import NEW, OLD, REPLAY, STATIC, THIRD, TOLERANCE
+from statistics import fmean
+
+from tools.continual_table.arm import NEW, OLD, REPLAY, STATIC, THIRD, TOLERANCE, WEB
 from tools.continual_table.claims import (
     Claim,
     Sign,
@@ -13,7 +15,7 @@ from tools.continual_table.claims import (
     new_loss,
     peak,
 )
-from tools.continual_table.outcome import Outcome, Seed
+from tools.continual_table.outcome import Seed
 
 LADDER = tuple(REPLAY)
 FORGOTTEN, NEW_LOSS = "forgetting of prose", "loss on code"
@@ -114,7 +116,7 @@ SCHEDULE_CLAIMS = [
         "re-warm on the old data",
         "and comes back (2308.04014)",
         "prose at the end, less at the start",
-        lambda s: s["only-replay"].end[OLD] - s["only-replay"].start[OLD],
+        lambda s: forgotten(s, "only-replay"),
         "below 0",
         "forgetting",
     ),
@@ -163,12 +165,9 @@ INFINITE_CLAIMS = [
 
 def velocities(seed: Seed, arm: str) -> dict[str, float]:
     """What is left of the way to Velocitune's targets at the end, by source: 1 at the start, 0 there."""
+    start, end = seed["base"].end, seed[arm].end
     targets = seed["velocitune"].targets
-    outcome: Outcome = seed[arm]
-    return {
-        name: (outcome.end[name] - target) / (outcome.start[name] - target)
-        for name, target in targets.items()
-    }
+    return {name: (end[name] - goal) / (start[name] - goal) for name, goal in targets.items()}
 
 
 def _spread(seed: Seed, arm: str) -> float:
@@ -223,8 +222,42 @@ CONTROLLER_CLAIMS = [
         "raise_replay from 5 %",
         "while the new loss falls",
         "loss on code, less at the start",
-        lambda s: s["raise-replay"].end[NEW] - s["raise-replay"].start[NEW],
+        lambda s: new_loss(s, "raise-replay") - new_loss(s, "base"),
         "below 0",
+        "new",
+    ),
+]
+
+
+def _training_difference(seed: Seed) -> float:
+    """Over the last steps: those that `metadata-hot` has of its own."""
+    hot = seed["metadata-hot"].training["metadata-hot"]
+    return fmean(hot) - fmean(seed["web"].training["web"][-len(hot) :])
+
+
+METADATA_CLAIMS = [
+    Claim(
+        "MeCo: addresses before web pages",
+        "they make the text easier to tell (Gao et al., 2501.01956)",
+        "training loss with addresses, less that of plain text",
+        _training_difference,
+        "below 0",
+        "new",
+    ),
+    Claim(
+        "MeCo: addresses before web pages",
+        "after the cooldown plain text is no worse, at equal text (2501.01956)",
+        "loss on web, less that of plain text",
+        lambda s: s["metadata"].end[WEB] - s["web"].end[WEB],
+        "below 0",
+        "new",
+    ),
+    Claim(
+        "MeCo: addresses before web pages",
+        "and without the cooldown it is worse (2501.01956)",
+        "loss on web without the cooldown, less that with it",
+        lambda s: s["metadata-hot"].end[WEB] - s["metadata"].end[WEB],
+        "above 0",
         "new",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.continual_table.arms import NEW, OLD
+from tools.continual_table.arm import OLD
 from tools.continual_table.claims import Claim, beside_front, forgotten, least_step, new_loss
 from tools.continual_table.claims_of_data import FORGOTTEN, NEW_LOSS, forgets, learns
 from tools.continual_table.outcome import Seed
@@ -101,7 +101,7 @@ UPDATE_CLAIMS = [
         "freeze embedding and layer 0",
         "and the loss falls all the same (RedWhale, 2408.11294)",
         "loss on code, less at the start",
-        lambda s: s["freeze"].end[NEW] - s["freeze"].start[NEW],
+        lambda s: new_loss(s, "freeze") - new_loss(s, "base"),
         "below 0",
         "new",
     ),

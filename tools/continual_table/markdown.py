@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from tools.continual_table.arms import NEW, OLD
+from tools.continual_table.arm import NEW, OLD
 from tools.continual_table.claims import Found, forgotten, new_loss
 from tools.continual_table.outcome import Seed
 

@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tools.continual_table.arms import FROZEN, TARGETS
+from tools.continual_table.arm import FROZEN, TARGETS
 from trainer.forgetting.curves import find_stages, read_stages
 from trainer.metrics.json_lines import read_evaluations, read_lines
 
@@ -21,23 +22,23 @@ class Outcome:
     """An arm of one seed. Losses in nats per token, on held-out documents.
 
     Attributes:
-        start, end: loss by set, before the first step and after the last; "NAME (average)" is of the
-            average of the weights.
+        end: loss by set after the last step; "NAME (average)" is of the average of the weights.
         curves: by stage and set, (step, loss) pairs, all over the same tokens.
         auxiliary: mean of each auxiliary loss over the last quarter of the steps.
         auxiliary_sources: the sources that each of them has ever been measured on.
         mean_shares: of the sources, over the calls of a controller.
+        training: by stage, the loss of every recorded step.
         targets: Velocitune's, by source.
         frozen: whether the frozen weights are still, bit for bit, those of the base; None where none are.
         wall, cpu: seconds.
     """
 
-    start: Mapping[str, float] = field(default_factory=dict)
     end: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
     auxiliary: Mapping[str, float] = field(default_factory=dict)
     auxiliary_sources: Mapping[str, list[str]] = field(default_factory=dict)
     mean_shares: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, list[float]] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
     frozen: bool | None = None
     wall: float = 0.0
@@ -53,13 +54,13 @@ def read_outcome(folder: Path, name: str, *, wall: float, cpu: float) -> Outcome
     stages = find_stages(folder / name)
     records = [one for stage in stages for one in read_evaluations(stage.folder / "metrics.jsonl")]
     whole = [record for record in records if record.losses and not record.dense]
-    auxiliary, sources = _auxiliary(stages[-1].folder / "metrics.jsonl")
+    auxiliary, auxiliary_sources = _auxiliary(stages[-1].folder / "metrics.jsonl")
     return Outcome(
-        start=dict(whole[0].losses),
         end=dict(whole[-1].losses),
         curves={read.stage.name: {one: read.curve(one) for one in read.sets} for read in read_stages(stages)},
         auxiliary=auxiliary,
-        auxiliary_sources=sources,
+        auxiliary_sources=auxiliary_sources,
+        training={stage.name: _training(stage.folder / "metrics.jsonl") for stage in stages},
         mean_shares=_mean_shares(stages[-1].folder / "controller.jsonl"),
         targets=json.loads((folder / TARGETS).read_text()) if name == "velocitune" else {},
         frozen=_frozen_are_equal(folder / "base", folder / name) if name == "freeze" else None,
@@ -68,9 +69,18 @@ def read_outcome(folder: Path, name: str, *, wall: float, cpu: float) -> Outcome
     )
 
 
-def _auxiliary(path: Path) -> tuple[dict[str, float], dict[str, list[str]]]:
+def _steps(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of all steps, and of their last quarter."""
     lines = [line for line in read_lines(path) if line["kind"] == "step"]
-    last = lines[-max(1, len(lines) // 4) :]
+    return lines, lines[-max(1, len(lines) // 4) :]
+
+
+def _training(path: Path) -> list[float]:
+    return [line["loss"] for line in _steps(path)[0]]
+
+
+def _auxiliary(path: Path) -> tuple[dict[str, float], dict[str, list[str]]]:
+    lines, last = _steps(path)
     labels = dict.fromkeys(label for line in lines for label in line.get("auxiliary", {}))
     means: dict[str, float] = {}
     for label in labels:

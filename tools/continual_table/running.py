@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.environment import hide_gpus
-from tools.continual_table.arms import Arm
+from tools.continual_table.arm import Arm
 from tools.continual_table.bed import Bed, Values
 from trainer.config import RunConfig
 from trainer.run_file import to_toml
