@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from parallel.chunks import build_chunks, with_hooks
 from parallel.initialise import Draw, blank, initialise
 from parallel.mesh import Mesh
-from parallel.naming import NamedParameter, name_parameters
 from parallel.optimizer_state import get_step, prepare_state, set_step, state_slices
 from parallel.shards import MainPiece, copy_main_to_model, main_pieces
 from parallel.slices import TensorSlice
-from parallel.specs import Backend, block_spec, choose_backend
+from parallel.specs import Backend, choose_backend
 from parallel.transforms import SlowWeights, UpdateTransform, transformed_step
 
 
@@ -66,14 +61,13 @@ class Engine:
                 which changes no number; None is where there are streams to do it on, on CUDA.
         """
         self.mesh = mesh
-        self.config = _with_hooks(config)
+        self.config = with_hooks(config)
         self.vocab_size = vocab_size
         self.tied = bool(model.get("share_embeddings_and_output_weights", False))
         self.backend: Backend = choose_backend(portable=portable, fp32=not config.bf16)
         self._overlap = mesh.device.type == "cuda" if overlap is None else overlap
-        self.chunks = [self._build_chunk(dict(model), stage) for stage in range(mesh.layout.chunks)]
-        self.named: list[NamedParameter] = name_parameters(
-            self.chunks, mesh, vocab_size=vocab_size, tied=self.tied
+        self.chunks, self.named = build_chunks(
+            mesh, self.config, model, backend=self.backend, vocab_size=vocab_size
         )
         self.wrapped = [self._wrap(chunk, index) for index, chunk in enumerate(self.chunks)]
         if self._overlap:
@@ -212,21 +206,6 @@ class Engine:
         )
         return list(found)
 
-    def _build_chunk(self, model: dict[str, Any], stage: int) -> GPTModel:
-        layout = self.mesh.layout
-        vp_stage = stage if layout.virtual_pipeline else None
-        chunk = GPTModel(
-            config=self.config,
-            transformer_layer_spec=block_spec(self.config, self.backend, vp_stage),
-            pre_process=self.mesh.pipeline_rank == 0 and stage == 0,
-            post_process=self.mesh.is_last_stage and stage == layout.chunks - 1,
-            pg_collection=self.mesh.groups,
-            vp_stage=vp_stage,
-            **model,
-        )
-        _mask_padded_logits(chunk, self.mesh.tensor_rank, self.vocab_size)
-        return chunk.to(self.mesh.device)
-
     def _wrap(self, chunk: GPTModel, index: int) -> DistributedDataParallel:
         distributed = self.mesh.layout.distributed_optimizer
         module = Float16Module(self.config, chunk) if self.config.bf16 else chunk
@@ -272,47 +251,3 @@ class Engine:
                 for group in part.optimizer.param_groups:
                     group.update(fused=True, foreach=False)  # one pass over memory, on CPU too
         return optimizer
-
-
-def _with_hooks(config: TransformerConfig) -> TransformerConfig:
-    """The configuration with the functions that megatron-core's schedules call.
-
-    megatron-core marks parameters as split over tensor ranks only while initialising them, so it must be let
-    to; its initial values are left out, since ours do not depend on the layout.
-    """
-
-    def leave(weight: torch.Tensor) -> torch.Tensor:
-        return weight
-
-    def finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-        finalize_model_grads(model, None, **kwargs)  # the loss is already divided by the step's token count
-
-    config = dataclasses.replace(config)
-    config.perform_initialization = True
-    config.use_cpu_initialization = False  # it would build every whole matrix only to slice it
-    # gloo still reads a sent tensor when megatron-core gives its memory back; NCCL's streams keep it alive.
-    config.deallocate_pipeline_outputs = torch.cuda.is_available()
-    config.init_method = config.output_layer_init_method = leave
-    config.embedding_init_method = leave
-    config.calculate_per_token_loss = True
-    config.finalize_model_grads_func = finalize
-    return config
-
-
-def _mask_padded_logits(chunk: GPTModel, tensor_rank: int, vocab_size: int) -> None:
-    """Give logits of padded vocabulary rows no probability: how much is padded depends on the layout."""
-    if not chunk.post_process:
-        return
-    rows = chunk.output_layer.output_size_per_partition
-    present = vocab_size - tensor_rank * rows
-    if present >= rows:
-        return
-
-    # Not recorded: the probability is exactly zero, and so is the gradient that would be cut off.
-    @torch.no_grad()
-    def mask(_module: Any, _inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
-        logits, bias = output
-        logits[..., max(0, present) :] = torch.finfo(logits.dtype).min
-        return logits, bias
-
-    chunk.output_layer.register_forward_hook(mask)

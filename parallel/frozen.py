@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from parallel.engine import _mask_padded_logits, _with_hooks
+from parallel.chunks import build_chunks, with_hooks
 from parallel.initialise import Draw, blank, initialise
 from parallel.mesh import Mesh
-from parallel.naming import NamedParameter, name_parameters
 from parallel.optimizer_state import state_slices
 from parallel.slices import TensorSlice
-from parallel.specs import Backend, block_spec, choose_backend
+from parallel.specs import choose_backend
 
 
 @dataclasses.dataclass
@@ -50,14 +48,14 @@ class FrozenModel:
             portable: use the portable modules even where Transformer Engine is present.
         """
         self.mesh = mesh
-        self.config = _with_hooks(config)
+        self.config = with_hooks(config)
         self.vocab_size = vocab_size
-        self._backend: Backend = choose_backend(portable=portable, fp32=not config.bf16)
-        tied = bool(model.get("share_embeddings_and_output_weights", False))
-        self.chunks = [self._build_chunk(dict(model), stage) for stage in range(mesh.layout.chunks)]
-        self.named: list[NamedParameter] = name_parameters(
-            self.chunks, mesh, vocab_size=vocab_size, tied=tied
+        backend = choose_backend(portable=portable, fp32=not config.bf16)
+        self.chunks, self.named = build_chunks(
+            mesh, self.config, model, backend=backend, vocab_size=vocab_size
         )
+        for chunk in self.chunks:
+            chunk.eval().requires_grad_(False)
         self.wrapped = [Float16Module(self.config, one) if config.bf16 else one for one in self.chunks]
         blank(self.named)
 
@@ -68,18 +66,3 @@ class FrozenModel:
     def slices(self) -> list[TensorSlice]:
         """Every box of every weight that this rank holds."""
         return list(state_slices(self.named, _NoOptimizer(), self.mesh))
-
-    def _build_chunk(self, model: dict[str, Any], stage: int) -> GPTModel:
-        layout = self.mesh.layout
-        vp_stage = stage if layout.virtual_pipeline else None
-        chunk = GPTModel(
-            config=self.config,
-            transformer_layer_spec=block_spec(self.config, self._backend, vp_stage),
-            pre_process=self.mesh.pipeline_rank == 0 and stage == 0,
-            post_process=self.mesh.is_last_stage and stage == layout.chunks - 1,
-            pg_collection=self.mesh.groups,
-            vp_stage=vp_stage,
-            **model,
-        )
-        _mask_padded_logits(chunk, self.mesh.tensor_rank, self.vocab_size)
-        return chunk.to(self.mesh.device).eval().requires_grad_(False)
