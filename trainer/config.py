@@ -22,7 +22,7 @@ from trainer.model.architecture import Architecture
 from trainer.model.config import ModelConfig
 from trainer.model.parameters import logical_parameters
 from trainer.optimizer import OptimizerConfig
-from trainer.precision import PrecisionConfig
+from trainer.precision import PrecisionConfig, fp8_problems
 from trainer.run_config import EvalConfig, MetricsConfig, RunSettings, TrainConfig
 from trainer.run_file import RunFile, apply_overrides, read_run_file, to_toml
 from trainer.schedule import Schedule, ScheduleConfig
@@ -201,12 +201,7 @@ def validate(config: RunConfig, world_size: int) -> list[str]:
             )
     problems += _batch_problems(config, world_size)
     problems += _step_problems(config)
-    if config.precision.fp8 != "off" and config.train.precision != "bf16":
-        problems.append(
-            f"precision.fp8 = {config.precision.fp8} needs bf16 around it, found train.precision = "
-            f"{config.train.precision}: set train.precision = bf16 or fp8 = off"
-        )
-    return problems
+    return problems + fp8_problems(config.precision.fp8, config.train.precision)
 
 
 def check_config(config: RunConfig, world_size: int, *, name: str) -> None:

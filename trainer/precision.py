@@ -50,15 +50,25 @@ class Accelerator:
     transformer_engine: tuple[int, int] | None
 
 
+def fp8_problems(fp8: FP8, precision: str) -> list[str]:
+    """What is wrong with this FP8 recipe in a run of this precision on any machine; empty: nothing."""
+    if fp8 == "off" or precision == "bf16":
+        return []
+    return [
+        f"precision.fp8 = {fp8!r} needs bf16 around it, found train.precision = {precision!r}: set "
+        "train.precision = 'bf16' or precision.fp8 = 'off'"
+    ]
+
+
 def fp8_refusal(fp8: FP8, precision: str, accelerator: Accelerator) -> str | None:
     """Why this FP8 recipe cannot run, in one sentence with the remedy; None where it can."""
+    if problems := fp8_problems(fp8, precision):
+        return problems[0]
     if fp8 == "off":
         return None
     capability, engine = _NEEDS[fp8]
     found = ""
-    if precision != "bf16":
-        found = f"train.precision is {precision!r} and FP8 needs 'bf16' around it"
-    elif accelerator.capability is None:
+    if accelerator.capability is None:
         found = "torch sees no CUDA device"
     elif accelerator.capability < capability:
         found = f"compute capability is {_dotted(accelerator.capability)}, needed is {_dotted(capability)}"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.precision import Accelerator, PrecisionConfig, accelerator_here, fp8_refusal
+from trainer.precision import Accelerator, PrecisionConfig, accelerator_here, fp8_problems, fp8_refusal
 
 H100 = Accelerator((9, 0), (2, 6))
 
@@ -25,24 +25,27 @@ def test_what_can_run_is_not_refused(fp8: Any, accelerator: Accelerator) -> None
 
 
 @pytest.mark.parametrize(
-    ("fp8", "precision", "accelerator", "reason"),
+    ("fp8", "accelerator", "reason"),
     [
-        ("delayed", "fp32", H100, "needs 'bf16'"),
-        ("delayed", "bf16", Accelerator(None, (2, 6)), "no CUDA device"),
-        ("delayed", "bf16", Accelerator((8, 0), (2, 6)), "capability is 8.0, needed is 8.9"),
-        ("mxfp8", "bf16", H100, "capability is 9.0, needed is 10.0"),
-        ("delayed", "bf16", Accelerator((9, 0), None), "Transformer Engine is not installed"),
-        ("blockwise", "bf16", Accelerator((9, 0), (2, 1)), "Transformer Engine is 2.1, needed is 2.3"),
+        ("delayed", Accelerator(None, (2, 6)), "no CUDA device"),
+        ("delayed", Accelerator((8, 0), (2, 6)), "capability is 8.0, needed is 8.9"),
+        ("mxfp8", H100, "capability is 9.0, needed is 10.0"),
+        ("delayed", Accelerator((9, 0), None), "Transformer Engine is not installed"),
+        ("blockwise", Accelerator((9, 0), (2, 1)), "Transformer Engine is 2.1, needed is 2.3"),
     ],
 )
-def test_the_reason_is_one_sentence_with_the_remedy(
-    fp8: Any, precision: str, accelerator: Accelerator, reason: str
-) -> None:
-    refusal = fp8_refusal(fp8, precision, accelerator)
+def test_the_reason_is_one_sentence_with_the_remedy(fp8: Any, accelerator: Accelerator, reason: str) -> None:
+    refusal = fp8_refusal(fp8, "bf16", accelerator)
     assert refusal is not None
     assert reason in refusal
     assert refusal.startswith(f"precision.fp8 = '{fp8}' cannot run here")
     assert refusal.endswith("set precision.fp8 = 'off'")
+
+
+def test_a_precision_that_fp8_does_not_fit_is_refused_in_the_words_of_the_check_before_a_run() -> None:
+    (sentence,) = fp8_problems("delayed", "fp32")
+    assert "needs bf16 around it, found train.precision = 'fp32'" in sentence
+    assert fp8_refusal("delayed", "fp32", H100) == sentence
 
 
 def test_this_machine_is_asked() -> None:
