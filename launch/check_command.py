@@ -27,6 +27,7 @@ from trainer.config import (
 )
 from trainer.flops import training_flops
 from trainer.memory import Batch, estimate_memory
+from trainer.method_memory import Methods
 from trainer.model.architecture import Architecture
 from trainer.model.parameters import count_parameters, parameters_per_rank
 from trainer.model.transformer import Execution
@@ -136,25 +137,24 @@ def stage_table(config: RunConfig, model: Architecture, execution: Execution, *,
     """Parameters and estimated memory of a rank of every pipeline stage."""
     layout = config.parallel
     batch = Batch(config.data.sequence_length, config.train.micro_batch, config.micro_batches(world_size))
-    memory = estimate_memory(model, layout, execution, world_size=world_size, batch=batch)
+    memory = estimate_memory(
+        model,
+        layout,
+        execution,
+        world_size=world_size,
+        batch=batch,
+        methods=Methods(config.updates, config.slow_weights, config.losses),
+    )
     size, unit = binary_unit(max(estimate.total for estimate in memory))
     table = _table(f"a rank of each pipeline stage; memory in {unit}, estimated")
-    for heading in (
-        "stage",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "logits",
-        "total",
-    ):
+    parts = ["weights", "gradients", "optimizer", "activations", "logits"]
+    parts += [part for part in ("added", "reference") if any(getattr(one, part) for one in memory)]
+    for heading in ("stage", "parameters", *parts, "total"):
         table.add_column(heading, justify="right", no_wrap=True)
     parameters = parameters_per_rank(model, layout, cuda=execution.cuda)
     for rank, estimate in zip(parameters, memory, strict=True):
-        parts = (estimate.weights, estimate.gradients, estimate.optimizer, estimate.activations)
-        sizes = (*parts, estimate.logits, estimate.total)
-        table.add_row(str(rank.stage), count(rank.total), *(f"{bytes_ / size:.2f}" for bytes_ in sizes))
+        sizes = (f"{getattr(estimate, part) / size:.2f}" for part in (*parts, "total"))
+        table.add_row(str(rank.stage), count(rank.total), *sizes)
     return table
 
 

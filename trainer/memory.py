@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainer.method_memory import Methods, added_numbers, reference_bytes
 from trainer.model.architecture import Architecture
-from trainer.model.parameters import parameters_per_rank
+from trainer.model.parameters import RankParameters, parameters_per_rank
 from trainer.model.transformer import padded_vocab_size
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class RankMemory:
     Attributes:
         optimizer: moments, and in bf16 the fp32 master weights.
         logits: of the last stage, with their fp32 softmax.
+        added: further states of `[updates]` and `[slow_weights]`, and their copies during an update.
+        reference: frozen references of `[[losses]]`, and what they said about a step.
     """
 
     stage: int
@@ -45,23 +48,35 @@ class RankMemory:
     optimizer: int
     activations: int
     logits: int
+    added: int = 0
+    reference: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        model = self.weights + self.gradients + self.optimizer
+        return model + self.activations + self.logits + self.added + self.reference
 
 
 def estimate_memory(
-    model: Architecture, layout: Layout, execution: Execution, *, world_size: int, batch: Batch
+    model: Architecture,
+    layout: Layout,
+    execution: Execution,
+    *,
+    world_size: int,
+    batch: Batch,
+    methods: Methods | None = None,
 ) -> list[RankMemory]:
     """Memory of a rank of every pipeline stage, first to last."""
+    methods = methods or Methods()
     number = 2 if execution.precision == "bf16" else 4
     tokens = batch.micro_batch * batch.sequence_length // layout.context
     layer = layer_activations(model, layout, execution) * tokens
     kept = _boundary(model, layout) * number * tokens if execution.recompute == "full" else layer
     states = 8 + (4 if execution.precision == "bf16" else 0)
-    dense_share, expert_share = _optimizer_shares(layout, world_size)
+    shares = _optimizer_shares(layout, world_size)
+    added = added_numbers(methods, model, layout, cuda=execution.cuda)
+    references = reference_bytes(methods, model, layout, execution, tokens=tokens * batch.micro_batches)
     ranks = []
     for rank in parameters_per_rank(model, layout, cuda=execution.cuda):
         in_flight = _layers_in_flight(model, layout, rank.stage, batch.micro_batches)
@@ -72,9 +87,11 @@ def estimate_memory(
                 stage=rank.stage,
                 weights=rank.total * number,
                 gradients=rank.total * 4,
-                optimizer=states * rank.dense // dense_share + states * rank.expert // expert_share,
+                optimizer=_shared(rank, states, shares),
                 activations=activations,
                 logits=_logits(model, layout, execution) * tokens if last else 0,
+                added=_shared(added[rank.stage], 4, shares),
+                reference=references[rank.stage],
             )
         )
     return ranks
@@ -131,6 +148,11 @@ def _logits(model: Architecture, layout: Layout, execution: Execution) -> int:
     """Bytes per token: the logits, and the fp32 softmax that the loss keeps."""
     rows = padded_vocab_size(model.vocab_size, layout.tensor, cuda=execution.cuda) // layout.tensor
     return rows * ((2 if execution.precision == "bf16" else 4) + 4)
+
+
+def _shared(rank: RankParameters, number: int, shares: tuple[int, int]) -> int:
+    """Bytes of states with `number` of them a parameter, shared by so many ranks: dense ones, experts."""
+    return number * rank.dense // shares[0] + number * rank.expert // shares[1]
 
 
 def _optimizer_shares(layout: Layout, world_size: int) -> tuple[int, int]:

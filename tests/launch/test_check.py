@@ -1,16 +1,18 @@
 """What `ratoon check` says is what would happen."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from launch.check_command import binary_unit, count_of, layout_table, notes, place_of
+from launch.check_command import binary_unit, count_of, layout_table, notes, place_of, stage_table
 from launch.environment import Environment
 from launch.train_command import choose_world_size
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from tests.ranks import run_ranks
 from trainer.config import RunConfig, parse_config
+from trainer.model.transformer import Execution
 from trainer.run_file import RunFile
 
 HERE = Environment("local", 0, 1, 0, 1, None, None, gpus=0, cores=2)
@@ -100,6 +102,20 @@ def test_nothing_to_note_about_a_plain_run() -> None:
 def test_what_may_surprise_is_noted(section: str, values: dict[str, object], part: str) -> None:
     (note,) = notes(config(**{section: values}))
     assert part in note
+
+
+@pytest.mark.parametrize(
+    ("sections", "columns"),
+    [
+        ({}, ["logits", "total"]),
+        ({"slow_weights": {"kind": "ema", "decay": 0.9}}, ["logits", "added", "total"]),
+        ({"losses": [{"kind": "kl", "weight": 1.0}]}, ["logits", "reference", "total"]),
+    ],
+)
+def test_what_methods_need_has_a_column_where_there_is_any(sections: Any, columns: list[str]) -> None:
+    made = config(**sections)
+    table = stage_table(made, made.model.resolve(259), Execution(), world_size=1)
+    assert [column.header for column in table.columns][6:] == columns
 
 
 def test_sizes_and_plurals() -> None:

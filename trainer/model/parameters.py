@@ -120,21 +120,30 @@ def parameters_per_rank(model: Architecture, layout: Layout, *, cuda: bool = Fal
 
     A tied embedding lies on the first and on the last stage.
     """
-    layer = {name: _local_size(name, shape, layout) for name, shape in layer_parameters(model).items()}
-    expert_layer = sum(size for name, size in layer.items() if is_expert(name)) // layout.expert
-    dense_layer = sum(size for name, size in layer.items() if not is_expert(name))
-    layers = model.num_layers // layout.pipeline
-    rows = padded_vocab_size(model.vocab_size, layout.tensor, cuda=cuda) // layout.tensor
-    vocabulary = rows * model.hidden_size
     ranks = []
-    for stage in range(layout.pipeline):
-        first, last = stage == 0, stage == layout.pipeline - 1
-        dense = layers * dense_layer + first * vocabulary
-        if last:
-            dense += sum(math.prod(shape) for shape in _norm(model, "model.norm", model.hidden_size).values())
-            dense += 0 if first and model.tie_word_embeddings else vocabulary
-        ranks.append(RankParameters(stage, dense, layers * expert_layer))
+    for stage, held in enumerate(stage_parameters(model, layout, cuda=cuda)):
+        expert = sum(size for name, size in held.items() if is_expert(name))
+        ranks.append(RankParameters(stage, sum(held.values()) - expert, expert // layout.expert))
     return ranks
+
+
+def stage_parameters(model: Architecture, layout: Layout, *, cuda: bool = False) -> list[dict[str, int]]:
+    """By pipeline stage, logical name -> numbers on a tensor rank, vocabulary padding included.
+
+    All experts are there, each whole: expert ranks share them.
+    """
+    stages: list[dict[str, int]] = [{} for _ in range(layout.pipeline)]
+    rows = padded_vocab_size(model.vocab_size, layout.tensor, cuda=cuda) // layout.tensor
+    stages[0][EMBEDDING] = rows * model.hidden_size
+    stages[-1][EMBEDDING if model.tie_word_embeddings else HEAD] = rows * model.hidden_size
+    layer = {name: _local_size(name, shape, layout) for name, shape in layer_parameters(model).items()}
+    per_chunk = max(1, model.num_layers // (layout.pipeline * layout.chunks))
+    for number in range(model.num_layers):
+        stage = stages[number // per_chunk % layout.pipeline]
+        stage |= {f"model.layers.{number}.{name}": size for name, size in layer.items()}
+    for name, shape in _norm(model, "model.norm", model.hidden_size).items():
+        stages[-1][name] = math.prod(shape)
+    return stages
 
 
 def _local_size(name: str, shape: Shape, layout: Layout) -> int:
