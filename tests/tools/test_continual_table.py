@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools.continual_table import bed
-from tools.continual_table.__main__ import chosen, measure, tree_of
+from tools.continual_table.__main__ import chosen, measure, seeds_of, tree_of
 from tools.continual_table.arm import REPLAY, Arm
 from tools.continual_table.bed import Bed, merged
 from tools.continual_table.claims import (
@@ -126,6 +126,7 @@ def test_every_number_is_in_the_json() -> None:
     assert tree["claims"][0]["values"] == {"7": 0.5, "8": -0.5}
     assert tree["seeds"]["8"]["arm"]["end"] == {"prose": 3.5, "code": 5.0}
     assert tree["noise"] == NOISE
+    assert seeds_of(tree) == seeds
 
 
 @pytest.fixture

@@ -36,19 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document = given.update.read_text(encoding="utf-8") if given.update else None
     if document is not None:
         replaced(document, "")  # a document without the markers is refused before the work
-    began = time.monotonic()
-    size = bed.TINY if given.tiny else bed.FULL
-    with tempfile.TemporaryDirectory(prefix="continual-table-") as scratch:
-        seeds = measure(given.folder or Path(scratch), given.seeds, size, given.only)
+    seeds, seconds = _outcomes(given)
     if given.only:
         return
     noise = measure_noise(list(seeds.values()))
     found = [judge(claim, [claim.value(seed) for seed in seeds.values()], noise) for claim in CLAIMS]
-    table = text_of(found, list(seeds.values()), noise, seconds=time.monotonic() - began)
+    table = text_of(found, list(seeds.values()), noise, seconds=seconds)
     print(table)
-    given.json.write_text(json.dumps(tree_of(found, seeds, noise), indent=1) + "\n", encoding="utf-8")
+    tree = tree_of(found, seeds, noise) | {"seconds": seconds}
+    given.json.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     if document is not None:
         given.update.write_text(replaced(document, table), encoding="utf-8")
+
+
+def _outcomes(given: argparse.Namespace) -> tuple[dict[int, Seed], float]:
+    """By seed, measured or read from a file, and the seconds that all of it took."""
+    if given.read:
+        tree = json.loads(given.read.read_text(encoding="utf-8"))
+        return seeds_of(tree), tree["seconds"]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="continual-table-") as scratch:
+        size = bed.TINY if given.tiny else bed.FULL
+        seeds = measure(given.folder or Path(scratch), given.seeds, size, given.only)
+    return seeds, time.monotonic() - began
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--update", type=Path, help="a document: what is between its two markers")
     parser.add_argument("--json", type=Path, default=Path("continual_table.json"), help="all numbers")
+    parser.add_argument("--read", type=Path, help="no runs: the numbers of such a JSON file")
     parser.add_argument("--folder", type=Path, help="keep the runs there; by default they are removed")
     parser.add_argument("--only", nargs="*", default=[], help="names of runs, and no table: to try things")
     parser.add_argument("--tiny", action="store_true", help="a few steps: does it run?")
@@ -140,6 +151,13 @@ def tree_of(found: Sequence[Found], seeds: dict[int, Seed], noise: dict[str, flo
         "seeds": {
             str(seed): {name: asdict(outcome) for name, outcome in ran.items()} for seed, ran in seeds.items()
         },
+    }
+
+
+def seeds_of(tree: dict[str, Any]) -> dict[int, Seed]:
+    """The outcomes that `tree_of` has written."""
+    return {
+        int(seed): {name: Outcome(**one) for name, one in ran.items()} for seed, ran in tree["seeds"].items()
     }
 
 

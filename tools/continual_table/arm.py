@@ -43,7 +43,7 @@ class Arm:
 
 
 def base(bed: Bed) -> Arm:
-    """Prose, from nothing. The anchor only listens, for the arm `si`: no weight moves otherwise for it."""
+    """Prose, from nothing. The anchor only listens, for SI later on: no weight moves otherwise for it."""
     values = bed.frame("base", {OLD: 1.0}, sets=(OLD, NEW, THIRD, FOURTH))
     listening = {"updates": {"anchor": {"kind": "si", "strength": 1.0}}}
     return Arm("base", merged(values, {"train": {"steps": bed.size.pretrain}} | listening))

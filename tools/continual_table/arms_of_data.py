@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from tools.continual_table.arm import (
@@ -20,6 +19,7 @@ from tools.continual_table.arm import (
     shares,
 )
 from tools.continual_table.bed import FLOOR, PEAK, Bed, Values, merged
+from tools.continual_table.running import configuration
 
 
 def replay_arms(bed: Bed) -> list[Arm]:
@@ -128,7 +128,6 @@ def fit(bed: Bed) -> None:
 
 def learn_graph(bed: Bed) -> None:
     """Skill-it's graph, from a run on each source alone."""
-    from tools.continual_table.running import configuration
     from trainer.controllers.graph import measure_graph
 
     (arm,) = (one for one in controller_arms(bed) if one.name == "static")
@@ -136,8 +135,7 @@ def learn_graph(bed: Bed) -> None:
     folder.mkdir(exist_ok=True)
     schedule = {"kind": "constant", "warmup_steps": 0}
     values = merged(arm.values, {"schedule": schedule, "optimizer": {"lr": PEAK / 2}})
-    graph = measure_graph(configuration(folder / "skills.toml", values), folder, steps=bed.size.skill)
-    assert json.loads((folder / "graph.json").read_text()) == graph
+    measure_graph(configuration(folder / "skills.toml", values), folder, steps=bed.size.skill)
 
 
 def metadata_arms(bed: Bed) -> list[Arm]:

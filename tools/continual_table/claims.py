@@ -131,7 +131,7 @@ def gap_of(outcome: Outcome, name: str, stage: str) -> Gap:
 def beside_front(points: Sequence[tuple[float, float]], point: tuple[float, float]) -> float:
     """How far `point` lies above the line through `points`, straight between them and beyond.
 
-    Both are (loss on the new set, forgetting), so below 0 is less forgetting at the same new loss.
+    With (forgetting, loss on the new set), below 0 is a lower new loss at the same forgetting.
     """
     x, y = point
     line = sorted(points)

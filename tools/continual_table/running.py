@@ -41,8 +41,7 @@ Done = Callable[[Bed, Arm, Cost], None]
 def run_all(work: Sequence[tuple[Bed, Arm]], *, processes: int = 2, done: Done) -> None:
     """Run every arm, as soon as what it needs is done; `done` is told of each.
 
-    Raises:
-        Exception: the first one of an arm; arms that are running are finished, others not begun.
+    What one arm raises is raised here, once those that are running have come to their end.
     """
     hide_gpus()
     _import_once()
@@ -120,9 +119,7 @@ def _import_once() -> None:
     """Import what the arms need, so that the workers are forked warm."""
     import torch
 
-    torch.set_num_threads(
-        1
-    )  # a parent that has used OpenMP's threads forks workers that wait for them for ever
+    torch.set_num_threads(1)  # forked workers would wait for ever for OpenMP's threads of their parent
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import launch.train_command  # noqa: F401
