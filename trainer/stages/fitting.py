@@ -60,9 +60,14 @@ def shape_problems(model: Architecture, held: Mapping[str, Shape], stated: Mappi
         for name, shape in wanted.items()
         if held.get(name) != shape
     ]
-    layers = {int(found[1]) for name in held if (found := _LAYER.match(name))}
-    if layers and max(layers) >= model.num_layers:
-        wrong.append(f"it has {max(layers) + 1} layers, and the model {model.num_layers}")
+    layer_of = {name: int(found[1]) for name in held if (found := _LAYER.match(name))}
+    if (last := max(layer_of.values(), default=-1)) >= model.num_layers:
+        wrong.append(f"it has {last + 1} layers, and the model {model.num_layers}")
+    wrong += [
+        f"{name} is {_size(shape)} there and missing here"
+        for name, shape in held.items()
+        if name not in wanted and layer_of.get(name, -1) < model.num_layers
+    ]
     if not wrong:
         return []
     now = model.model_dump()

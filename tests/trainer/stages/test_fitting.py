@@ -11,6 +11,7 @@ from parallel.layout import Layout
 from tests.foreign.huggingface import save
 from tests.foreign.megatron import Run, save_torch_dist
 from tests.foreign.oracle import Oracle
+from trainer.model.parameters import logical_parameters
 from trainer.stages.fitting import held_fields, held_shapes, shape_problems
 
 ORACLES = {
@@ -54,3 +55,15 @@ def test_another_does_not(name_and_folder: tuple[str, Path], other: dict[str, in
     assert "the checkpoint is of another shape" in found
     key = {"layers": "layers", "vocab": "263", "hidden": "64"}[next(iter(other))]
     assert key in found
+
+
+def test_what_the_checkpoint_has_more_is_not_dropped() -> None:
+    """Loading refuses it too, but only when the run has begun."""
+    plain = ORACLES["llama"].architecture()
+    for more in ({"qkv_bias": True}, {"qk_norm": True}, {"normalization": "LayerNorm"}):
+        other = plain.model_copy(update=more)
+        (found,) = shape_problems(plain, logical_parameters(other), other.model_dump())
+        assert all(f"model.{key} is {value} there" in found for key, value in more.items())
+    tied = plain.model_copy(update={"tie_word_embeddings": True})
+    (found,) = shape_problems(tied, logical_parameters(plain), {})
+    assert "lm_head.weight is [263, 64] there and missing here" in found
