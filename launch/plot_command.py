@@ -9,6 +9,7 @@ from rich.text import Text
 
 from launch.plot_curves import StageCurve, stage_curve
 from launch.plot_picture import write_picture
+from launch.plot_shares import with_changes
 from launch.plot_terminal import print_curves
 from trainer.config import (
     RunConfig,
@@ -70,9 +71,11 @@ def _curve(run_file: Path, stage: Stage, stages: list[Stage]) -> StageCurve:
             f"{where}: the run starts at step {first_step} and train.steps is {config.train.steps}: raise "
             "train.steps to have something to draw"
         )
-    return stage_curve(
-        stage.name, plan, anchor, steps=steps, weights=asked_shares(config.data, config.train.global_batch)
-    )
+    weights = asked_shares(config.data, config.train.global_batch)
+    try:
+        return with_changes(stage_curve(stage.name, plan, anchor, steps=steps, weights=weights), config)
+    except ValueError as error:
+        raise ValueError(report(where, [str(error)])) from None
 
 
 def asked_shares(data: DataConfig, global_batch: int) -> dict[str, float]:

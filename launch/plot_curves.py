@@ -26,7 +26,9 @@ class StageCurve:
         steps: how many it has.
         points: (step, learning rate), among them the first and the last step and the borders of the phases.
         phases: phase -> (its first step, its last).
-        shares: source -> share of the sequences; they add up to 1.
+        shares: source -> share of the sequences, when the stage begins; they add up to 1.
+        changes: (step, shares from that step on), where they change during the stage.
+        note: what is to be said about changes of the shares.
     """
 
     name: str
@@ -35,6 +37,13 @@ class StageCurve:
     points: tuple[tuple[int, float], ...]
     phases: Mapping[Phase, tuple[int, int]]
     shares: Mapping[str, float]
+    changes: tuple[tuple[int, Mapping[str, float]], ...] = ()
+    note: str = ""
+
+    @property
+    def spans(self) -> list[tuple[int, Mapping[str, float]]]:
+        """(first step, shares) of every part of the stage with shares of its own."""
+        return [(self.first_step, self.shares), *self.changes]
 
     @property
     def peak(self) -> float:
@@ -92,6 +101,15 @@ class Axis:
             found.append(found[-1] + curve.steps)
         return found
 
+    @property
+    def spans(self) -> list[tuple[int, Mapping[str, float]]]:
+        """(position, shares) of every part of a stage with shares of its own."""
+        return [
+            (start + step - curve.first_step, shares)
+            for start, curve in zip(self.starts, self.curves, strict=False)
+            for step, shares in curve.spans
+        ]
+
     def ticks(self, most: int) -> list[tuple[int, int]]:
         """(position, step) of what to number on the axis, far enough apart for about `most` numbers.
 
@@ -126,14 +144,22 @@ def main_sources(curves: Sequence[StageCurve], most: int) -> tuple[list[str], in
     names = list(dict.fromkeys(source for curve in curves for source in curve.shares))
     if len(names) <= most:
         return names, 0
-    size = {name: max(curve.shares.get(name, 0.0) for curve in curves) for name in names}
+    shares = [one for curve in curves for _, one in curve.spans]
+    size = {name: max(one.get(name, 0.0) for one in shares) for name in names}
     largest = set(sorted(names, key=lambda name: -size[name])[: most - 1])
     return [name for name in names if name in largest], len(names) - len(largest)
 
 
-def shares_by_name(curve: StageCurve, names: Sequence[str], others: int) -> dict[str, float]:
+def shares_by_name(given: Mapping[str, float], names: Sequence[str], others: int) -> dict[str, float]:
     """Shares of the named sources, and of all others together under one name."""
-    shares = {name: curve.shares.get(name, 0.0) for name in names}
+    shares = {name: given.get(name, 0.0) for name in names}
     if others:
-        shares[f"{others} others"] = max(0.0, 1.0 - sum(shares.values())) if curve.shares else 0.0
+        shares[f"{others} others"] = max(0.0, 1.0 - sum(shares.values())) if given else 0.0
     return shares
+
+
+def share_notes(curves: Sequence[StageCurve]) -> list[str]:
+    """What is to be said about changes of the shares, with the stage's name where there are several."""
+    return [
+        f"{curve.name}: {curve.note}" if len(curves) > 1 else curve.note for curve in curves if curve.note
+    ]

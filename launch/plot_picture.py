@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.plot_curves import MOST_SOURCES, Axis, StageCurve, main_sources, shares_by_name
+from launch.plot_curves import MOST_SOURCES, Axis, StageCurve, main_sources, share_notes, shares_by_name
 from trainer.schedule import Phase
 
 if TYPE_CHECKING:
@@ -74,19 +75,20 @@ def _draw_rates(axes: Axes, axis: Axis) -> None:
 
 
 def _draw_shares(axes: Axes, axis: Axis) -> None:
-    """Stacked bars, one for each stage, as wide as the stage."""
+    """Stacked bars, one for each stage or part of one, as wide as it is."""
     from matplotlib import colormaps
 
     names, others = main_sources(axis.curves, MOST_SOURCES)
-    stages = [shares_by_name(curve, names, others) for curve in axis.curves]
-    widths = [curve.steps for curve in axis.curves]
-    bottoms = [0.0] * len(stages)
+    parts = [shares_by_name(shares, names, others) for _, shares in axis.spans]
+    starts = [start for start, _ in axis.spans]
+    widths = [end - start for start, end in pairwise([*starts, axis.starts[-1]])]
+    bottoms = [0.0] * len(parts)
     bars: list[Patch] = []
-    for number, name in enumerate(stages[0]):
-        heights = [100 * shares[name] for shares in stages]
-        lightness = _lightness(number, len(stages[0]))
+    for number, name in enumerate(parts[0]):
+        heights = [100 * shares[name] for shares in parts]
+        lightness = _lightness(number, len(parts[0]))
         bars += axes.bar(
-            axis.starts[:-1],
+            starts,
             heights,
             widths,
             bottom=bottoms,
@@ -99,7 +101,7 @@ def _draw_shares(axes: Axes, axis: Axis) -> None:
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.set_ylabel("share, %")
     axes.set_ylim(0, 100)
-    names = list(stages[0])[::-1]
+    names = list(parts[0])[::-1]
     legend = axes.legend(
         bars[::-1],
         [f"{number}" for number in range(len(names))],
@@ -122,7 +124,7 @@ def _draw_stages(top: Axes, below: Axes, axis: Axis) -> None:
         for axes in (top, below):
             axes.axvline(start, color="0.35", linewidth=0.9, linestyle=(0, (4, 2)))
     below.set_xlim(0, total)
-    below.set_xlabel("step")
+    below.set_xlabel("\n".join(["step", *share_notes(axis.curves)]), parse_math=False)
     ticks = axis.ticks(9)
     below.set_xticks([position for position, _ in ticks], [f"{step:,}" for _, step in ticks])
     if ticks[-1][0] == total:  # clear of the legend

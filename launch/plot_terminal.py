@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.plot_curves import MOST_SOURCES, Axis, StageCurve, main_sources, shares_by_name
+from launch.plot_curves import MOST_SOURCES, Axis, StageCurve, main_sources, share_notes, shares_by_name
 
 HEIGHT = 12
 """Lines of the curve."""
 WIDEST = 120
 LABEL = 9
 """Columns to the left of the axis."""
+NARROWEST = 7
+"""Columns of a part of a stage whose shares are shown: a number and the rule before it."""
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bit of each of the 4 x 2 dots of a Braille character, from the top left (Unicode block U+2800)."""
 
@@ -64,6 +66,8 @@ def print_curves(curves: Sequence[StageCurve], console: Console, title: str) -> 
     for line in lines:
         console.print(Text(line.rstrip()), soft_wrap=True)
     console.print(phase_table(curves))
+    for note in share_notes(curves):
+        console.print(Text("note: ", "yellow") + Text(note, "default"))
 
 
 def learning_rate_lines(curves: Sequence[StageCurve], width: int, *, ascii_only: bool) -> list[str]:
@@ -140,19 +144,25 @@ def _segments(axis: Axis, columns: int, texts: Sequence[str], rule: str) -> str:
 
 
 def share_lines(curves: Sequence[StageCurve], width: int, *, ascii_only: bool) -> list[str]:
-    """A line for each source: its share under each stage, where there is room for the number."""
+    """A line for each source: its share under each part of each stage, with the number where it fits."""
     axis, columns = Axis(curves), width - LABEL - 2
     names, others = main_sources(curves, MOST_SOURCES)
-    stages = [shares_by_name(curve, names, others) for curve in curves]
-    borders = [*_borders(axis, columns), columns]
-    rooms = [end - begin for begin, end in pairwise(borders)]
+    borders: list[int] = []
+    parts: list[dict[str, float]] = []
+    for start, shares in axis.spans:
+        border = start * columns // axis.starts[-1]
+        if start in axis.starts or border - borders[-1] >= NARROWEST:
+            borders.append(border)
+            parts.append(shares_by_name(shares, names, others))
+    rooms = [end - begin for begin, end in pairwise([*borders, columns])]
+    rule = "|" if ascii_only else "│"
     found = ["shares of the sources"]
-    for name in stages[0]:
-        texts = [
-            _share_bar(shares[name], room - 1, ascii_only) for shares, room in zip(stages, rooms, strict=True)
+    for name in parts[0]:
+        bars = [
+            (rule + _share_bar(shares[name], room - 1, ascii_only))[: max(0, room)].ljust(room)
+            for shares, room in zip(parts, rooms, strict=True)
         ]
-        rule = "|" if ascii_only else "│"
-        found.append(f"{_cut(name, LABEL):>{LABEL}} {_segments(axis, columns, texts, rule)}")
+        found.append(f"{_cut(name, LABEL):>{LABEL}} {''.join(bars)}")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def test_the_largest_sources_are_named_and_the_others_added_up() -> None:
     names, others = main_sources([one, other], 4)
     assert (names, others) == (["s0", "s1", "s29"], 27)
     for stage in (one, other):
-        shares = shares_by_name(stage, names, others)
+        shares = shares_by_name(stage.shares, names, others)
         assert list(shares) == [*names, "27 others"]
         assert sum(shares.values()) == pytest.approx(1.0)
 
@@ -182,6 +183,21 @@ def test_the_picture_shows_the_schedule(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_parts_of_a_stage_have_bars_of_their_own() -> None:
+    changing = replace(curve("one", range(40)), shares={"a": 1.0}, changes=((20, {"a": 0.25, "b": 0.75}),))
+    lines = share_lines([changing], 60, ascii_only=True)
+    found = {line.split()[0]: [part.strip("= ") for part in line.split("|")[1:]] for line in lines[1:]}
+    assert found == {"a": ["100%", "25%"]}
+    named = replace(changing, shares={"a": 1.0, "b": 0.0})
+    assert share_lines([named], 60, ascii_only=True)[2].split("|")[2].strip("= ") == "75%"
+
+
+def test_parts_too_narrow_for_a_number_are_left_out_on_the_terminal() -> None:
+    steps = tuple((step, {"a": step / 100, "b": 1 - step / 100}) for step in range(1, 100))
+    changing = replace(curve("one", range(100)), shares={"a": 0.0, "b": 1.0}, changes=steps)
+    assert all("%" in part for part in share_lines([changing], 60, ascii_only=True)[1].split("|")[1:])
+
+
 @pytest.fixture
 def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -223,6 +239,44 @@ def test_shares_follow_the_mixture(run_file: Path) -> None:
     groups = ["data.mixture.groups={a = 0.4, b = 0.6}", "data.sources.0.group=a", "data.sources.1.group=b"]
     (found,) = run_curves(run_file, [more, mixture, *groups])
     assert found.shares == pytest.approx({"prose": 0.4, "web": 0.6})
+
+
+TWO = ['data.sources.1={name = "web", path = "web"}', "train.steps=20", "schedule.warmup_steps=4"]
+TIMETABLE = [
+    *TWO,
+    "controller.kind=schedule",
+    "controller.points=[{step = 0, weights = {prose = 1}}, {step = 10, weights = {prose = 1, web = 3}}]",
+]
+
+
+def test_shares_that_a_timetable_changes_are_drawn(run_file: Path) -> None:
+    (found,) = run_curves(run_file, TIMETABLE)
+    assert found.shares == {"prose": 1.0, "web": 0.0}
+    assert found.changes == ((10, {"prose": 0.25, "web": 0.75}),)
+    assert found.note == "controller schedule changes the shares at step 10"
+
+
+def test_shares_between_points_are_drawn_at_every_call(run_file: Path) -> None:
+    line = [*TIMETABLE, "controller.interpolate=true", "controller.every=5"]
+    (found,) = run_curves(run_file, line)
+    assert found.changes == ((5, {"prose": 0.625, "web": 0.375}), (10, {"prose": 0.25, "web": 0.75}))
+
+
+def test_of_another_controller_it_is_said_that_it_changes_the_shares(run_file: Path) -> None:
+    plugin = [*TWO, "controller.kind=plugin", "controller.plugin=mine:Own", "controller.every=5"]
+    options = [word for text in plugin for word in ("--set", text)]
+    result = ratoon("plot", "schedule", "run.toml", *options)
+    assert result.exit_code == 0, result.output
+    said = "note: controller plugin changes the shares as it runs; drawn are those it begins with"
+    assert said in " ".join(result.output.split())
+
+
+def test_the_picture_shows_changes_of_the_shares(run_file: Path) -> None:
+    drawn = []
+    for number, options in enumerate(([*TIMETABLE[:-1], TIMETABLE[-1].replace("10", "12")], TIMETABLE)):
+        write_picture(run_curves(run_file, options), Path(f"{number}.png"), "run.toml")
+        drawn.append(Path(f"{number}.png").read_bytes())
+    assert drawn[0] != drawn[1]
 
 
 def test_the_picture_goes_where_it_is_asked_for(run_file: Path) -> None:
