@@ -175,6 +175,28 @@ def test_a_controller_may_bring_in_what_was_left_out_of_the_start(folder: Path) 
     assert rows(again, 9, "again") == rows(stream, 9, "again")
 
 
+def test_what_was_empty_when_the_stage_began_is_so_after_a_restart(folder: Path) -> None:
+    weighted = {"name": "again", "replay": {"of": ["prose"]}}
+    without = config(folder, "prose", others=[weighted], mixture={"weights": {"again": 0}})
+    state = saved(build(without, stage="one"), 5)
+    stream = build(without, state, stage="one")
+    assert "replay" not in saved(stream, 6)
+    with pytest.raises(ValueError, match="nothing to replay when the stage began"):
+        stream.set_weights(5, {"prose": 0.5, "again": 0.5})
+    given = config(folder, "prose", others=[weighted])
+    assert set(replayed(build(given, state, stage="one"), range(5, 40))) == whole_documents(state, "prose")
+
+
+def test_another_seed_in_mid_stage_begins_a_set_at_its_own_first_token(folder: Path) -> None:
+    own = config(folder, "code", others=[REPLAY])
+    two = saved(build(own, first_stage(folder), stage="two"), 9)
+    three = saved(build(own, two, stage="three"), 14)
+    stream = build(own, three, stage="three", seed=7)
+    assert saved(stream, 16)["replay"]["again"]["set"]["begin"] == 0
+    assert Ledger.of(stream.state(16)).source("again").epochs > 0
+    assert set(replayed(stream, range(14, 50))) == whole_documents(three, "prose")
+
+
 def test_moved_files_are_found_through_a_source_of_their_name(folder: Path, tmp_path: Path) -> None:
     state = first_stage(folder)
     moved = json.loads(json.dumps(state).replace(str(folder / "prose"), str(tmp_path / "gone")))

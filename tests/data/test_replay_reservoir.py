@@ -205,3 +205,37 @@ def test_a_sample_grows_by_what_is_read_and_loses_by_nothing_else(tmp_path: Path
     early = {int(n) for documents, _ in parts[0].chunks() for n in documents}
     assert new
     assert not new & early
+
+
+def test_another_seed_in_mid_stage_never_replays_what_was_not_read(folder: Path, tmp_path: Path) -> None:
+    """The places of the new orders say nothing of the old ones."""
+    stream = open_run(folder, tmp_path)
+    state = saved(stream, FIRST + 3)
+    own = config(folder, "prose", "code", others=[source()])
+    with pytest.raises(ValueError, match=r"another run\.seed than before; set them back"):
+        build(own, state, stage="two", folder=StageFolder(tmp_path), seed=7)
+
+
+def test_a_source_of_another_seed_that_nobody_reads_on_stays_in_the_sample(
+    folder: Path, tmp_path: Path
+) -> None:
+    own = config(folder, "code", others=[source()])
+    stream = build(own, first_stage(folder), stage="two", folder=StageFolder(tmp_path), seed=7)
+    for step in (4, 4 + EVERY, 4 + 2 * EVERY):
+        seen = stream.state(step)["replay"]["again"]["set"]["seen"]
+        assert next(one["tokens"] for one in seen if one["name"] == "prose") == 4 * BATCH * LENGTH
+
+
+def test_left_out_of_the_mixture_it_deals_no_step_twice(folder: Path, tmp_path: Path) -> None:
+    """What its samples are of is noted as the stage goes by, or a save would deal the whole stage again."""
+    again = source(refresh_every=50)
+    own = config(folder, "prose", "code", others=[again], mixture={"weights": {"again": 0}})
+    stream = build(own, first_stage(folder), stage="two", folder=StageFolder(tmp_path))
+    for step in range(4, 150):
+        stream.plan(step)
+    dealt = stream._dealer._fitting
+    again_dealt: list[int] = []
+    stream._dealer._fitting = lambda cursor: again_dealt.append(cursor.step) or dealt(cursor)  # type: ignore[method-assign,func-returns-value]
+    stream.state(150)
+    assert again_dealt == []
+    assert files(tmp_path) == []

@@ -73,9 +73,27 @@ class ReplaySetting:
     def held(self, name: str, config: ReplayConfig) -> Mapping[str, Any] | None:
         """What the state keeps of a replay source, where the run goes on in the middle of a stage with it."""
         found = (self.state or {}).get("replay", {}).get(name)
+        if not found or not self._goes_on() or found["config"] != config.model_dump(mode="json"):
+            return None
+        present = self.present()
+        as_before = all(
+            _goes_on(one, present[one.name])
+            for one in ReplaySet.from_json(found["set"]).seen
+            if config.refresh_every is not None and one.name in present
+        )
+        return found if as_before else None
+
+    def was_empty(self, name: str) -> bool:
+        """Whether the run goes on in the middle of a stage that began with nothing for `name` to replay."""
+        state = self.state or {}
+        had = name in {one[0] for one in state.get("mixture", ())}
+        return had and name not in state.get("replay", {}) and self._goes_on()
+
+    def _goes_on(self) -> bool:
+        """In the middle of a stage, with the orders that it had."""
         begins = self.folder is not None and self.folder.new_stage
-        same = self.state is not None and self.state["stage"] == self.stage and not begins
-        return found if same and found and found["config"] == config.model_dump(mode="json") else None
+        here = (self.stage, self.seed)
+        return self.state is not None and not begins and (self.state["stage"], self.state["seed"]) == here
 
     def present(self) -> dict[str, Seen]:
         """The sources of the stage that have files, as if nothing of them had been read."""
@@ -129,6 +147,8 @@ def open_replays(setting: ReplaySetting, step: int, tokens_read: TokensRead) -> 
         if source.replay is None:
             continue
         needed = takes_part(setting.config.mixture, source)
+        if not needed and setting.was_empty(source.name):
+            continue  # or a controller could do after a restart what it could not do before
         try:
             found[source.name] = _open(setting, source, step, tokens_read)
             if needed:

@@ -126,12 +126,14 @@ class Replay:
 
     def prepare(self, step: int) -> None:
         """Begin to write what the next steps read, where it can be known at `step`."""
-        if self._reservoir is None or not (self.needed or self._orders):
+        if self._reservoir is None:
             return
-        chosen = self.at(step)
-        self._reservoir.prepare(chosen.step, chosen.seen)
+        samples = {self.at(step).step: self.at(step).seen}  # asked for later, it is dealt all over again
         if (border := self._next(step)) is not None:
-            self._reservoir.prepare(border, self._seen_for(border))
+            samples[border] = self._seen_for(border)
+        if self.needed or self._orders:
+            for first, seen in samples.items():
+                self._reservoir.prepare(first, seen)
 
     def forget_after(self, step: int) -> None:
         """What is read from `step` on is about to change."""
@@ -167,7 +169,9 @@ class Replay:
     def _seen_for(self, border: int) -> tuple[Seen, ...]:
         if border not in self._taken:
             read = self._tokens_read(border - self.lead)
-            self._taken[border] = tuple(replace(one, tokens=read[one.name]) for one in self._base)
+            self._taken[border] = tuple(
+                replace(one, tokens=read[one.name]) if one.seed == self._seed else one for one in self._base
+            )  # nobody goes on with an order of another seed
         return self._taken[border]
 
     def _open_sample(self, chosen: ReplaySet) -> Documents:
