@@ -67,6 +67,8 @@ def _unread(config: RunConfig, read: set[str] | None) -> list[str]:
             problems.append(where + NO_LEDGER.format(name=source.name))
             continue
         known = read | ({one.name for one in data.sources} if source.replay.refresh_every else set())
+        if read.isdisjoint(source.replay.of):
+            known = read  # a reservoir begins with what was read before the stage
         problems += [
             f"{where}replay.of: no stage before this one reads source {name!r}{nearest(name, known)}"
             for name in source.replay.of

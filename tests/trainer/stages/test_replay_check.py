@@ -97,6 +97,12 @@ def test_what_is_still_to_be_read_is_accepted_planned_and_drawn(tmp_path: Path, 
             ["no stage before this one reads source 'code'"],
         ),
         (
+            'share = 0.5, replay = { of = ["code"], reservoir_tokens = 99, refresh_every = 2 }',
+            START,
+            "",
+            ["no stage before this one reads source 'code'", "there are 'prose'"],
+        ),
+        (
             'share = 0.5, replay = { of = ["prose"] }',
             'policy = "weights"',
             "",
