@@ -79,8 +79,11 @@ class Driver:
             state=self._state if state is not None else None,
         )
         self._sets = {entry.name for entry in data.validation}
-        played = config.kind == "replay_log"  # what is in a log has been through this
-        self._alone = () if played else left_alone(config, data)
+        self._alone = left_alone(config, data)
+        if config.kind == "replay_log":  # what is in a log has been through this
+            self._alone = ()
+        elif config.kind != "schedule":  # whose points are the run file's own
+            self._alone = tuple(dict.fromkeys([*self._alone, *stream.nothing_to_replay]))
 
     def open_log(self, *, after: int) -> None:
         """Set aside what the log has of later steps than `after`: they are about to be made again."""

@@ -272,6 +272,13 @@ class TokenStream(Batches):
         with self._lock:
             return self._dealer.shares(self._dealer.at(step))
 
+    @property
+    def nothing_to_replay(self) -> tuple[str, ...]:
+        """Sources left out of the mixture that had nothing to replay when the stage began."""
+        return tuple(
+            name for name in self.source_names if name not in self._orders and name not in self._replays
+        )
+
     def set_weights(self, step: int, weights: Mapping[str, float]) -> None:
         """From `step` on, deal the sources with these relative weights; call it alike on every rank.
 
@@ -283,9 +290,12 @@ class TokenStream(Batches):
             ValueError: as `Dealer.set_weights`.
         """
         with self._lock:
-            for source in self.source_names:
-                if weights.get(source) and source not in self._orders and source not in self._replays:
-                    raise ValueError(f"source {source!r}: there was nothing to replay when the stage began")
+            for source in self.nothing_to_replay:
+                if weights.get(source):
+                    raise ValueError(
+                        f"source {source!r}: there was nothing to replay when the stage began, so it cannot "
+                        "be given a weight; take it out of what sets the weights of this stage"
+                    )
             self._dealer.set_weights(step, weights)
             for replay in self._replays.values():
                 replay.forget_after(step)
