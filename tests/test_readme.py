@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from launch.cli import app
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -52,6 +55,30 @@ def test_own_text_section_runs(folder: Path) -> None:
     rewarm.write_text(second.replace('"first"', '"again"') + blocks("toml")[1])
     options = "--set train.steps=12 --set schedule.warmup_steps=2 --set parallel.tensor=1 --ranks 2"
     assert "the schedule starts anew" in ratoon(f"ratoon train again.toml {options}", folder)
+
+
+def in_process(command: str) -> str:
+    """As `ratoon`, without another Python."""
+    done = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
+    assert done.exit_code == 0, f"{command}\n{done.output}"
+    return done.output
+
+
+def test_going_on_section_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for name in ("corpus", "more"):
+        in_process(f"ratoon data prepare my-text/ --output {name} --validation-share 0.05")
+    (stages,) = (block for block in blocks("toml") if "[[stage]]" in block)
+    Path("story.toml").write_text(blocks("toml")[0].replace('"first"', '"story"') + stages)
+    (commands,) = (block for block in blocks("sh") if "plan-resume" in block)
+    plan, train, report, ledger = commands.strip().splitlines()
+    assert "nothing is ambiguous" in in_process(plan)
+    settings = ["stage.0.steps=4", "stage.1.steps=4", "schedule.warmup_steps=1"]
+    settings += ["parallel.tensor=1", "parallel.pipeline=1"]
+    fewer = " ".join(f"--set {one}" for one in settings)
+    ratoon(f"{train.split('#')[0]} {fewer} --ranks 1", folder)
+    assert "forgetting" in in_process(report)
+    assert "62.500%" in in_process(ledger), "all of one stage and a quarter of the other"
 
 
 def test_every_command_named_exists() -> None:
