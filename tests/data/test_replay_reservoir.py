@@ -239,3 +239,22 @@ def test_left_out_of_the_mixture_it_deals_no_step_twice(folder: Path, tmp_path: 
     stream.state(150)
     assert again_dealt == []
     assert files(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_is_removed(folder: Path, tmp_path: Path) -> None:
+    open_run(folder, tmp_path).plan(FIRST)
+    (index,) = (tmp_path / "replay").glob("*.idx")
+    index.with_name(f".{index.stem}.0123abcd.partial.bin").write_bytes(b"half")
+    index.unlink()
+    open_run(folder, tmp_path).plan(FIRST)
+    assert files(tmp_path) == [f"{index.stem}.bin", index.name]
+
+
+def test_sources_of_like_names_keep_their_own_samples(folder: Path, tmp_path: Path) -> None:
+    one = source(of=["prose"], refresh_every=None) | {"name": "a b", "per_batch": 1}
+    other = source() | {"name": "a_b", "per_batch": 1}
+    own = config(folder, "prose", "code", others=[one, other])
+    stream = build(own, first_stage(folder), stage="two", folder=StageFolder(tmp_path))
+    for step in range(4, 4 + 4 * EVERY):
+        stream.plan(step)
+    assert any(name.startswith("a_b-") and "-000000004-" in name for name in files(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -88,11 +89,15 @@ class Reservoir:
 
     @property
     def _stem(self) -> str:
-        return re.sub(r"[^\w.-]", "_", self._name)
+        safe = re.sub(r"[^\w.-]", "_", self._name)
+        unique = hashlib.sha256(self._name.encode()).hexdigest()[:8]
+        return safe if safe == self._name else f"{safe}-{unique}"  # or "a b" and "a_b" were one
 
     def _write(self, prefix: Path, seen: Sequence[Seen]) -> None:
         if _is_whole(prefix):
             return
+        for left in self._folder.glob(f".{glob.escape(prefix.name)}.*.partial.*"):
+            left.unlink(missing_ok=True)  # by a process that was killed
         began = time.monotonic()
         parts = self._open_parts(seen)
         sample = draw_sample(parts, tokens=self._tokens, seed=self._seed, name=self._name)
