@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tools.continual_table.arm import (
+    ADDRESSED,
     CONSTANT,
     NEW,
     OLD,
@@ -143,7 +144,7 @@ def metadata_arms(bed: Bed) -> list[Arm]:
 
     The addresses are read besides as much text, so those stages are longer by the share of their tokens.
     """
-    with_text = round(0.9 * bed.size.pretrain)
+    with_text = round(ADDRESSED * bed.size.pretrain)
     without = bed.size.pretrain - with_text
     longer = round(with_text * (1.0 + bed.address_share))
     schedule = {"kind": "cosine", "warmup_steps": bed.size.warmup, "steps": longer + without}

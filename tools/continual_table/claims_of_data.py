@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from tools.continual_table.arm import NEW, OLD, REPLAY, STATIC, THIRD, TOLERANCE, WEB
+from tools.continual_table.arm import ADDRESSED, NEW, OLD, REPLAY, STATIC, THIRD, TOLERANCE, WEB
 from tools.continual_table.claims import (
     Claim,
     Sign,
@@ -230,9 +230,11 @@ CONTROLLER_CLAIMS = [
 
 
 def _training_difference(seed: Seed) -> float:
-    """Over the last steps: those that `metadata-hot` has of its own."""
-    hot = seed["metadata-hot"].training["metadata-hot"]
-    return fmean(hot) - fmean(seed["web"].training["web"][-len(hot) :])
+    """Over the last third of the text that is read with addresses, and over the same text without."""
+    read = seed["metadata"].training["addresses"]
+    plain = seed["web"].training["web"]
+    plain = plain[: round(ADDRESSED * len(plain))]
+    return fmean(read[-len(read) // 3 :]) - fmean(plain[-len(plain) // 3 :])
 
 
 METADATA_CLAIMS = [
