@@ -124,9 +124,7 @@ def _table(ledger: Ledger, documents: dict[str, Documents]) -> Table:
     if len(ledger.sources) > 1:
         known = [one.read for one in documents.values() if one.read is not None]
         total = f"{sum(known):,}" if len(known) == len(documents) else "?"
-        table.add_row(
-            "all", total, f"{sum(one.fed for one in ledger.sources):,}", "", "", "", style="bold"
-        )
+        table.add_row("all", total, f"{sum(one.fed for one in ledger.sources):,}", "", "", "", style="bold")
     return table
 
 

@@ -62,7 +62,7 @@ def spread_out(count: int, places: int) -> NDArray[np.int64]:
     """`count` of so many places, evenly from the first to the last, int64 [count].
 
     Sequences are given to data ranks in turn, in blocks of a micro-batch, so from two on they never are all
-    on one rank: the first place is the first rank's, the last one the last rank's.
+    on one rank where all places are free: the first place is the first rank's, the last one the last rank's.
     """
     if count == 1:
         return np.zeros(1, dtype=np.int64)
