@@ -180,6 +180,7 @@ def test_a_slice_of_the_experiment_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_more_replay_forgets_strictly_less(tmp_path: Path) -> None:
     outcomes = measure(tmp_path, [1, 2, 3], bed.FULL, list(REPLAY))
     for ran in outcomes.values():
