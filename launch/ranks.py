@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -98,6 +99,7 @@ def run_ranks(
 
 def _rank_main(sender: Connection, place: _Place, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     _live_and_die_with_parent(place.parent)
+    gc.freeze()  # what the parent had imported stays: no collection has to walk, and so to copy, its pages
     answer: _Failure | bytes
     try:
         _join(place)

@@ -1,5 +1,6 @@
 """Local ranks: which failure is reported, and that none outlives its parent."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -59,6 +60,10 @@ def test_the_deadline_ends_ranks_that_hang(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="no answer from ranks"):
         run_ranks(sleep, 2, str(tmp_path), deadline=2.0)
     assert_gone(pids_in(tmp_path, 2))
+
+
+def test_what_was_imported_before_the_fork_is_left_to_no_collection() -> None:
+    assert run_ranks(gc.get_freeze_count, 2) == [pytest.approx(len(gc.get_objects()), rel=0.2)] * 2
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
