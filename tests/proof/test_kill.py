@@ -134,7 +134,7 @@ def losses(config: RunConfig) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
-VICTIMS = [pytest.param(first_rank, marks=pytest.mark.long), last_rank, whole_run]
+VICTIMS = [*(pytest.param(one, marks=pytest.mark.long) for one in (first_rank, last_rank)), whole_run]
 
 
 @pytest.mark.parametrize("interrupted", VICTIMS, indirect=True)

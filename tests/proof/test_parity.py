@@ -27,9 +27,7 @@ QUICK = {
     "PP2 x VPP2",
     "DP2, plain optimizer",
     "DP3, uneven shards",
-    "CP2 all-gather",
     "CP2 ring",
-    "CP2 Ulysses",
     "EP2",
 }
 

@@ -105,7 +105,7 @@ def resume(whole: Whole, setting: Setting, name: str) -> tuple[RunConfig, list[R
     return config, run_ranks(look_and_run, setting.ranks, config)
 
 
-SLOW = {"PP2 VPP2, plain, bf16", "CP2, recomputed"}
+SLOW = {"TP2 DP2, bf16", "PP2 VPP2, plain, bf16", "CP2, recomputed"}
 
 
 def same() -> list[object]:
@@ -155,7 +155,6 @@ QUICK = {
     ("TP2 SP PP2", "CP2 all-gather TP2"),
     ("DP2, plain", "TP2 PP2"),
     ("EP2", "EP2 TP2 SP"),
-    ("TP2 DP2, bf16", "one rank, plain"),
     ("DP3, uneven shards, bf16", "TP4 (other padding)"),
 }
 

@@ -55,9 +55,12 @@ READERS = {
     "PP2": (2, Layout(pipeline=2)),
     "DP3": (3, Layout()),
 }
+LONG = {"one-rank", "DP3"}
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in READERS]
+)
 def test_a_cached_reference_is_the_reference(online: Records, cached: Path, folder: Path, name: str) -> None:
     ranks, layout = READERS[name]
     found = run_ranks(run, ranks, config_of(folder, f"reads-{name}", layout, cache=str(cached)))[0]
@@ -71,7 +74,7 @@ def test_a_cached_reference_is_the_reference(online: Records, cached: Path, fold
 WRITERS = {"CP2": (2, Layout(context=2)), "TP2-PP2": (4, Layout(tensor=2, pipeline=2))}
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", ["CP2", pytest.param("TP2-PP2", marks=pytest.mark.long)])
 def test_every_layout_writes_the_same_targets(cached: Path, folder: Path, name: str) -> None:
     ranks, layout = WRITERS[name]
     other = folder / f"targets-{name}"

@@ -42,7 +42,12 @@ def weights(found: list[Found]) -> Wholes:
     return whole_tensors([rank.slices for rank in found])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+LONG = {"VPP2 on DP2", "TP2 PP2 on CP2 DP2"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in LAYOUTS]
+)
 def test_the_layout_of_the_reference_does_not_matter(name: str) -> None:
     ranks, layout, reference = LAYOUTS[name]
     same = run_ranks(stepped, ranks, case(ranks, layout, None))

@@ -42,7 +42,13 @@ def by_torch() -> tuple[dict[str, float], Wholes]:
     return means, moments([slices])
 
 
-@pytest.mark.parametrize("name", CASES)
+# TP2 is in TP2 SP and PP2 in PP2 x VPP2; eight ranks put together what the others do one by one.
+LONG = {"TP2", "PP2", "TP2 x PP2 x CP2"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in CASES]
+)
 def test_losses_and_gradients_are_plain_torchs(by_torch: tuple[dict[str, float], Wholes], name: str) -> None:
     case = CASES[name]
     found: list[Found] = run_ranks(stepped, case.world.ranks, case)

@@ -27,6 +27,14 @@ WORLDS = {
 }
 
 
+CASES = [
+    pytest.param(name, overlap, marks=() if quick else pytest.mark.long)
+    for name in WORLDS
+    for overlap in (False, True)
+    for quick in [(name, overlap) in {("DP2, bf16", True), ("DP2, plain, bf16", False), ("PP2 VPP2", True)}]
+]
+
+
 @dataclass(frozen=True)
 class Seen:
     """Losses of the training and of evaluations, and slices inside the average and at the end."""
@@ -74,16 +82,14 @@ def ranks(name: str, *, swaps: bool, overlap: bool) -> list[Seen]:
     return run_ranks(train, world.ranks, world, swaps, overlap)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(("name", "overlap"), CASES)
 def test_training_goes_on_bit_for_bit(name: str, overlap: bool) -> None:
     swapping, plain = (ranks(name, swaps=swaps, overlap=overlap) for swaps in (True, False))
     assert [seen.losses for seen in swapping] == [seen.losses for seen in plain]
     assert different(*(whole_tensors([seen.ended for seen in runs]) for runs in (swapping, plain))) == []
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(("name", "overlap"), CASES)
 def test_the_model_computes_with_the_average_and_then_with_its_weights(name: str, overlap: bool) -> None:
     for seen in ranks(name, swaps=True, overlap=overlap):
         before, average, after = seen.evaluated
@@ -91,11 +97,11 @@ def test_the_model_computes_with_the_average_and_then_with_its_weights(name: str
         assert average > before, "the average lags behind"
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_inside_the_weights_are_the_average(name: str) -> None:
+@pytest.mark.parametrize(("name", "overlap"), CASES)
+def test_inside_the_weights_are_the_average(name: str, overlap: bool) -> None:
     """What a second run, without the swap, has as the average after the same two steps."""
     world = WORLDS[name]
-    inside = whole_tensors([seen.inside for seen in ranks(name, swaps=True, overlap=False)])
+    inside = whole_tensors([seen.inside for seen in ranks(name, swaps=True, overlap=overlap)])
     after_two = whole_tensors(run_ranks(two_steps, world.ranks, world))
     for (tensor, state), value in inside.items():
         if state == "weight":

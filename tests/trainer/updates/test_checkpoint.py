@@ -124,9 +124,7 @@ def whole_run(world: str, method: str, precision: str = "fp32") -> list[Seen]:
 
 
 @pytest.mark.parametrize("method", SETUPS)
-@pytest.mark.parametrize(
-    ("world", "precision"), [("one rank", "fp32"), ("DP2", "bf16"), ("DP2, plain", "bf16")]
-)
+@pytest.mark.parametrize(("world", "precision"), RESUMED)
 def test_a_run_that_stops_in_mid_window_goes_on_bit_for_bit(world: str, precision: str, method: str) -> None:
     folder, before = saved(world, method, precision)
     after = on(world, method, precision, folder=folder, first=BEFORE)
@@ -137,9 +135,7 @@ def test_a_run_that_stops_in_mid_window_goes_on_bit_for_bit(world: str, precisio
 
 
 @pytest.mark.parametrize("method", SETUPS)
-@pytest.mark.parametrize(
-    ("origin", "target"), [("DP2", "TP2"), ("TP2", "PP2"), ("PP2", "DP2"), ("DP2, plain", "DP2")]
-)
+@pytest.mark.parametrize(("origin", "target"), MOVES)
 def test_the_states_move_to_another_layout(origin: str, target: str, method: str) -> None:
     """Every bit of them; the steps after it are those of the other run to the rounding of fp32."""
     folder, before = saved(origin, method)
