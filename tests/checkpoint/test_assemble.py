@@ -265,8 +265,8 @@ def test_fifty_thousand_pieces_take_about_a_second() -> None:
         for data in range(16):
             tensor = held(f"fc{number}", (128, 64), rows(f"{rank}", 8 * data, 8, 64), tensor=rank, data=data)
             entries.append(Placed(tensor, parts, "primary"))
-    begin = time.monotonic()
+    begin = time.process_time()
     manifest = from_placed(Source("x", Path("/x")), entries, facts={})
-    seconds = time.monotonic() - begin
+    seconds = time.process_time() - begin
     assert sum(len(tensor.pieces) for tensor in manifest.tensors) == 51200
     assert seconds < 5
