@@ -16,7 +16,7 @@ CORPORA: Mapping[str, tuple[Callable[[], Iterable[texts.Record]], str]] = {
     "code": (texts.code, "the standard library"),
     "cpp": (texts.cpp, "headers of torch's core"),
     "code-best": (texts.best_code, "a tenth of code, most docstrings"),
-    "task": (texts.task, "asyncio, not in code"),
+    "task": (texts.task, "a part of asyncio, not in code"),
     "questions": (texts.questions, "on packages, with answers"),
     "web": (texts.web, "short pages of the first three"),
 }

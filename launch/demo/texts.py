@@ -21,8 +21,9 @@ Record = dict[str, str]
 BEST_SHARE = 0.1
 PAGE_CHARACTERS = 400
 SITE_CHARACTERS = 400_000
-TASK_CHARACTERS = 4000
 TASK = "asyncio"
+TASK_LARGEST_MODULE = 10_000
+TASK_CHARACTERS = 1000
 NO_QUESTIONS = frozenset({"test", "tests", "lib2to3", "idlelib", "site-packages", TASK})
 """Packages of the standard library that no questions are asked about: tests, bulk, and the task itself."""
 LANGUAGE, PYTHON, TORCH = "docs.python.org", "github.com/python/cpython", "github.com/pytorch/pytorch"
@@ -93,10 +94,11 @@ def docstring_share(text: str) -> float:
 
 
 def task() -> Iterator[Record]:
-    """A narrow task inside the domain of `code`, and not in it: the modules of asyncio, in pieces."""
+    """A small task in the domain of `code`, and not in it: asyncio's shorter modules, in pieces."""
     for path in sorted((Path(sysconfig.get_path("stdlib")) / TASK).glob("*.py")):
-        for piece in pieces(_read(path), TASK_CHARACTERS):
-            yield {"url": f"{LIBRARY}/{TASK}/{path.name}", "text": piece}
+        if path.stat().st_size <= TASK_LARGEST_MODULE:
+            for piece in pieces(_read(path), TASK_CHARACTERS):
+                yield {"url": f"{LIBRARY}/{TASK}/{path.name}", "text": piece}
 
 
 def questions() -> Iterator[Record]:
