@@ -21,9 +21,10 @@ from typing import Any
 
 from launch.demo.corpora import demo_corpora
 from tools.continual_table import bed
-from tools.continual_table.arm import WEB, Arm, seed_folder
-from tools.continual_table.bed import CORPORA, Bed, Size
+from tools.continual_table.arm import Arm, seed_folder
+from tools.continual_table.bed import CORPORA, DOMAINS, Bed, Size
 from tools.continual_table.claims import Found, judge, measure_noise
+from tools.continual_table.domains import write_domains
 from tools.continual_table.markdown import claim_table, replaced, run_table, summary
 from tools.continual_table.methods import CLAIMS, arms
 from tools.continual_table.outcome import Outcome, Seed, read_outcome
@@ -80,8 +81,9 @@ def measure(folder: Path, seeds: Sequence[int], size: Size, only: Sequence[str] 
     data = folder / "data"
     if not (data / "tokenizer.json").exists():
         demo_corpora(data, CORPORA)
+        write_domains(data / DOMAINS, documents=size.documents, held_out=size.held_out)
     work = []
-    share = address_share(data)
+    share = metadata_share(data)
     for seed in seeds:
         place = Bed(data, seed_folder(folder.absolute(), seed), seed, size, share)
         work += [(place, arm) for arm in chosen(arms(place), only)]
@@ -100,12 +102,12 @@ def measure(folder: Path, seeds: Sequence[int], size: Size, only: Sequence[str] 
     return {seed: {name: ran[name] for name in order if name in ran} for seed, ran in outcomes.items()}
 
 
-def address_share(data: Path) -> float:
-    """Tokens of the addresses of web pages, for each token of their text."""
+def metadata_share(data: Path) -> float:
+    """Tokens of the metadata of domains, for each token of their text."""
     from trainer.data.indexed import IndexedReader
     from trainer.data.metadata import METADATA
 
-    prefix = str(data / WEB)
+    prefix = str(data / DOMAINS)
     return IndexedReader(prefix + METADATA).num_tokens / IndexedReader(prefix).num_tokens
 
 

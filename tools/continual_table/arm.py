@@ -13,7 +13,7 @@ from typing import Any
 
 from tools.continual_table.bed import CORPORA, PEAK, Bed, Values, merged
 
-OLD, NEW, THIRD, FOURTH, WEB = CORPORA
+OLD, NEW, THIRD, FOURTH = CORPORA
 STATIC = {NEW: 1.0, THIRD: 1.0, FOURTH: 1.0}
 """The mixture that controllers start from."""
 CONSTANT = PEAK / 2
@@ -22,8 +22,8 @@ REPLAY: Mapping[str, float] = {"plain": 0.0, "replay-5": 0.05, "replay-25": 0.25
 """The ladder: arm and share of prose in every batch."""
 TOLERANCE = 0.3
 """Nats that the loss on prose may rise before more of it is replayed."""
-ADDRESSED = 0.9
-"""Share of the text of web pages that is read with addresses before the cooldown."""
+CONDITIONED = 0.9
+"""Share of the text of domains that is read with its metadata, before the cooldown."""
 TARGETS = "targets.json"
 """Velocitune's, in the seed's folder."""
 FROZEN = [r"model\.embed_tokens\.weight", r"model\.layers\.0\..*"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tools.continual_table.arm import (
-    ADDRESSED,
+    CONDITIONED,
     CONSTANT,
     NEW,
     OLD,
@@ -14,12 +14,12 @@ from tools.continual_table.arm import (
     TARGETS,
     THIRD,
     TOLERANCE,
-    WEB,
     Arm,
     onward,
     shares,
 )
-from tools.continual_table.bed import FLOOR, PEAK, Bed, Values, merged
+from tools.continual_table.bed import DOMAINS, FLOOR, PEAK, Bed, Values, merged
+from tools.continual_table.domains import TOKENIZER
 from tools.continual_table.running import configuration
 
 
@@ -85,7 +85,10 @@ def schedule_arms(bed: Bed) -> list[Arm]:
 
 
 def controller_arms(bed: Bed) -> list[Arm]:
-    """Three new sources in equal shares or a controller's, and replay that rises where it has to."""
+    """Three new sources in equal shares or a controller's, and replay that rises where it has to.
+
+    The run for the targets keeps its rate: the law that is fitted to it has no place for a decay.
+    """
     call, sets = bed.size.call, tuple(STATIC)
     validation = [{"name": one, "path": bed.corpus(f"{one}-validation")} for one in sets]
     common: Values = {"data": {"validation": validation}}
@@ -93,7 +96,8 @@ def controller_arms(bed: Bed) -> list[Arm]:
     short: Values = {
         "data": {"validation": validation},
         "train": {"steps": bed.size.pretrain + bed.size.short},
-        "eval": {"every": max(1, bed.size.short // 6)},
+        "eval": {"every": max(1, bed.size.short // 10)},
+        "schedule": {"kind": "constant"},
     }
     velocitune = {"kind": "velocitune", "every": call, "targets": str(bed.folder / TARGETS)}
     skillit = {
@@ -140,32 +144,40 @@ def learn_graph(bed: Bed) -> None:
 
 
 def metadata_arms(bed: Bed) -> list[Arm]:
-    """Web pages from nothing: as they are, with their addresses before them, and the last tenth without.
+    """Domains from nothing: as they are, with their names before them, and the last tenth without.
 
-    The addresses are read besides as much text, so those stages are longer by the share of their tokens.
+    The names are read besides as much text, so those stages are longer by the share of their tokens. One rate
+    for all runs until the last tenth, in which it decays.
     """
-    with_text = round(ADDRESSED * bed.size.pretrain)
-    without = bed.size.pretrain - with_text
-    longer = round(with_text * (1.0 + bed.address_share))
-    schedule = {"kind": "cosine", "warmup_steps": bed.size.warmup, "steps": longer + without}
-    frame = bed.frame("web", {WEB: 1.0}, sets=(WEB,))
-    staged = merged(bed.frame("metadata", {WEB: 1.0}, sets=(WEB,)), {"schedule": schedule})
-    del staged["train"]["steps"]
-    addresses = {"transforms": [{"kind": "metadata"}]}
+    with_names = round(CONDITIONED * bed.size.pretrain)
+    without = bed.size.pretrain - with_names
+    longer = round(with_names * (1.0 + bed.metadata_share))
+    names = {"transforms": [{"kind": "metadata"}]}
+    staged = merged(_of_domains(bed, "metadata"), {"schedule": _decay(bed, longer + without)})
     staged["stage"] = [
-        {"name": "addresses", "steps": longer} | addresses,
+        {"name": "names", "steps": longer} | names,
         {"name": "cooldown", "steps": without, "start": {"policy": "continue"}},
     ]
-    hot = merged(
-        bed.frame("metadata-hot", {WEB: 1.0}, sets=(WEB,)), {"schedule": schedule, "data": addresses}
-    )
-    branch = {
+    del staged["train"]["steps"]
+    hot = {
+        "data": names,
+        "schedule": _decay(bed, longer + without),
         "train": {"steps": longer + without},
-        "checkpoint": {"load": str(bed.folder / "metadata" / "addresses")},
+        "checkpoint": {"load": str(bed.folder / "metadata" / "names")},
         "start": {"policy": "continue"},
     }
+    plain = {"train": {"steps": bed.size.pretrain}, "schedule": _decay(bed, bed.size.pretrain)}
     return [
-        Arm("web", merged(frame, {"train": {"steps": bed.size.pretrain}})),
+        Arm("domains", merged(_of_domains(bed, "domains"), plain)),
         Arm("metadata", staged),
-        Arm("metadata-hot", merged(hot, branch), needs=("metadata",)),
+        Arm("metadata-hot", merged(_of_domains(bed, "metadata-hot"), hot), needs=("metadata",)),
     ]
+
+
+def _of_domains(bed: Bed, name: str) -> Values:
+    return merged(bed.frame(name, {DOMAINS: 1.0}, sets=(DOMAINS,)), {"data": {"tokenizer": TOKENIZER}})
+
+
+def _decay(bed: Bed, steps: int) -> Values:
+    decay = bed.size.pretrain - round(CONDITIONED * bed.size.pretrain)
+    return {"kind": "wsd", "warmup_steps": bed.size.warmup, "steps": steps, "decay_steps": decay}

@@ -10,7 +10,10 @@ from typing import Any
 Values = dict[str, Any]
 """A run file, or sections of one."""
 
-CORPORA = ("prose", "code", "cpp", "questions", "web")
+CORPORA = ("prose", "code", "cpp", "questions")
+"""Of the demo corpora."""
+DOMAINS = "domains"
+"""The corpus of `domains.py`."""
 PEAK, FLOOR = 1e-2, 1e-3
 """Learning rates: schedules warm up to the first and decay to the second, unless an arm says otherwise."""
 
@@ -20,13 +23,15 @@ class Size:
     """How much work one seed is.
 
     Attributes:
-        pretrain: steps on prose, or on web, from nothing.
+        pretrain: steps on prose, or on domains, from nothing.
         more: steps of every stage that goes on from there.
         warmup: steps of every warm-up.
         short: steps of the run that Velocitune's targets are fitted to.
         skill: steps on each source alone for the skill graph.
         call: steps between two calls of a controller.
         reservoir: tokens of prose that a reservoir holds.
+        documents: of all domains together.
+        held_out: documents besides, to evaluate on.
         fisher: gradients that EWC's Fisher matrix is measured on.
         eval_batches, dense_batches: the most global batches that whole and dense evaluations read of a set;
             the first are the first ones, the others are spread over those.
@@ -40,6 +45,8 @@ class Size:
     skill: int
     call: int
     reservoir: int
+    documents: int
+    held_out: int
     fisher: int
     eval_batches: int
     dense_batches: int
@@ -64,6 +71,8 @@ FULL = Size(
     skill=30,
     call=25,
     reservoir=50_000,
+    documents=8_000,
+    held_out=700,
     fisher=128,
     eval_batches=40,
     dense_batches=6,
@@ -77,6 +86,8 @@ TINY = Size(
     skill=1,
     call=1,
     reservoir=2_000,
+    documents=100,
+    held_out=20,
     fisher=2,
     eval_batches=1,
     dense_batches=1,
@@ -99,16 +110,16 @@ class Bed:
     """One seed's place.
 
     Attributes:
-        data: folder of the demo corpora.
+        data: folder of the corpora.
         folder: of the seed; every run has a folder in it, and its run file beside that.
-        address_share: tokens of the addresses of web pages, for each token of their text.
+        metadata_share: tokens of the metadata of domains, for each token of their text.
     """
 
     data: Path
     folder: Path
     seed: int
     size: Size
-    address_share: float = 0.0
+    metadata_share: float = 0.0
 
     def corpus(self, name: str) -> str:
         """Prefix of a corpus."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from tools.continual_table.arm import ADDRESSED, NEW, OLD, REPLAY, STATIC, THIRD, TOLERANCE, WEB
+from tools.continual_table.arm import CONDITIONED, NEW, OLD, REPLAY, STATIC, THIRD, TOLERANCE
+from tools.continual_table.bed import DOMAINS
 from tools.continual_table.claims import (
     Claim,
     Sign,
@@ -230,36 +231,33 @@ CONTROLLER_CLAIMS = [
 
 
 def _training_difference(seed: Seed) -> float:
-    """Over the last third of the text that is read with addresses, and over the same text without."""
-    read = seed["metadata"].training["addresses"]
-    plain = seed["web"].training["web"]
-    plain = plain[: round(ADDRESSED * len(plain))]
+    """Over the last third of the text that is read with names, and over the same text without."""
+    read = seed["metadata"].training["names"]
+    plain = seed["domains"].training["domains"]
+    plain = plain[: round(CONDITIONED * len(plain))]
     return fmean(read[-len(read) // 3 :]) - fmean(plain[-len(plain) // 3 :])
 
 
 METADATA_CLAIMS = [
     Claim(
-        "MeCo: addresses before web pages",
-        "they make the text easier to tell (Gao et al., 2501.01956)",
-        "training loss with addresses, less that of plain text",
+        "MeCo: its domain before every document",
+        "makes the text easier to tell (Gao et al., 2501.01956)",
+        "training loss with names of domains, less that of plain text",
         _training_difference,
         "below 0",
-        "new",
     ),
     Claim(
-        "MeCo: addresses before web pages",
+        "MeCo: its domain before every document",
         "after the cooldown plain text is no worse, at equal text (2501.01956)",
-        "loss on web, less that of plain text",
-        lambda s: s["metadata"].end[WEB] - s["web"].end[WEB],
+        "loss on domains, less that of plain text alone",
+        lambda s: s["metadata"].end[DOMAINS] - s["domains"].end[DOMAINS],
         "below 0",
-        "new",
     ),
     Claim(
-        "MeCo: addresses before web pages",
+        "MeCo: its domain before every document",
         "and without the cooldown it is worse (2501.01956)",
-        "loss on web without the cooldown, less that with it",
-        lambda s: s["metadata-hot"].end[WEB] - s["metadata"].end[WEB],
+        "loss on domains without the cooldown, less that with it",
+        lambda s: s["metadata-hot"].end[DOMAINS] - s["metadata"].end[DOMAINS],
         "above 0",
-        "new",
     ),
 ]
