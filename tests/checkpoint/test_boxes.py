@@ -79,9 +79,9 @@ def test_scalars_and_empty_tensors() -> None:
 def test_many_pieces_take_no_square_of_their_number() -> None:
     """100 000 pieces of one tensor: 5e9 pairs would take minutes; measured 0.4 s."""
     boxes = [Box((row, column * 8), (1, 8)) for row in range(10_000) for column in range(10)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert cover_fault((10_000, 80), boxes) is None
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 @pytest.mark.parametrize("shape", SHAPES)

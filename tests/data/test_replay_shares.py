@@ -52,6 +52,18 @@ def test_a_share_is_of_all_sequences_and_the_others_divide_the_rest() -> None:
     assert found == pytest.approx({"prose": 0.25, "code": 0.5, "law": 0.25})
 
 
+def test_the_newest_shares_are_known_long_after_without_dealing_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = dealer({}, {"prose": 1.0, "code": 1.0})
+    one.set_weights(5, {"prose": 3.0, "code": 1.0, "law": 0.0})
+    for step in range(5 * Dealer.REMEMBERED):
+        one.deal(step)
+    monkeypatch.setattr("trainer.data.dealing.deal", lambda *_: pytest.fail("dealt again"))
+    shares = one.shares(one.at(one.newest_change))
+    assert shares == pytest.approx({"prose": 0.75, "code": 0.25, "law": 0.0})
+
+
 def test_a_number_of_sequences_is_of_the_batch() -> None:
     found = resolved(prose={"share": 0.25}, code={"per_batch": 6})
     assert found == pytest.approx({"prose": 0.25, "code": 0.5, "law": 0.25})

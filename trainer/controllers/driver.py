@@ -62,7 +62,7 @@ class Driver:
             state: what `state` returned; None at the beginning of a stage.
 
         Raises:
-            ValueError: as `open_controller`.
+            ValueError: as `open_controller`, or a point gives weight to what has nothing to replay.
         """
         found: Mapping[str, Any] = state or {}
         self._config, self._stream, self._steps, self._log = config, stream, steps, log
@@ -82,7 +82,9 @@ class Driver:
         self._alone = left_alone(config, data)
         if config.kind == "replay_log":  # what is in a log has been through this
             self._alone = ()
-        elif config.kind != "schedule":  # whose points are the run file's own
+        elif config.kind == "schedule":  # whose points are the run file's own
+            _check_points(config, stream.nothing_to_replay)
+        else:
             self._alone = tuple(dict.fromkeys([*self._alone, *stream.nothing_to_replay]))
 
     def open_log(self, *, after: int) -> None:
@@ -206,3 +208,14 @@ class Driver:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(valid_json(line), allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _check_points(config: ControllerConfig, empty: Sequence[str]) -> None:
+    """Refuse at the start what would only be refused at a later point's step."""
+    for number, point in enumerate(config.points):
+        if given := [name for name in empty if point.weights.get(name)]:
+            raise ValueError(
+                f"controller.points[{number}] gives weight to {', '.join(map(repr, given))}, which had "
+                "nothing to replay when the stage began; take it out, or let the stage start from one that "
+                "has read what is to be replayed"
+            )

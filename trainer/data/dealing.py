@@ -265,5 +265,6 @@ class Dealer:
         self._cursors.pop(cursor.step, None)
         self._cursors[cursor.step] = cursor
         if len(self._cursors) > self.REMEMBERED:
-            oldest = next(at for at in self._cursors if at != self.start.step)  # the start serves any step
+            serving = {self.start.step, self.newest_change}  # the first serves any step, the second `shares`
+            oldest = next(at for at in self._cursors if at not in serving)
             del self._cursors[oldest]

@@ -150,7 +150,7 @@ def test_the_search_gives_up_in_time() -> None:
     buffer = lay_out(masters, 1000, 2, set())
     weights = [Memory(values.bfloat16()) for values in masters]
     weights[1500] = Memory(torch.randn(64).bfloat16())
-    began = time.monotonic()
+    began = time.process_time()
     found = locate(weights, Memory(buffer.masters))
     assert [doubt.parameter for doubt in found.doubts] == [1500]
-    assert time.monotonic() - began < 20  # all combinations would take minutes
+    assert time.process_time() - began < 20  # all combinations would take minutes
