@@ -26,7 +26,7 @@ class Size:
         pretrain: steps on prose, or on domains, from nothing.
         more: steps of every stage that goes on from there.
         warmup: steps of every warm-up.
-        short: steps of the run that Velocitune's targets are fitted to.
+        longer: steps of the run that ends at Velocitune's targets.
         skill: steps on each source alone for the skill graph.
         call: steps between two calls of a controller.
         reservoir: tokens of prose that a reservoir holds.
@@ -41,7 +41,7 @@ class Size:
     pretrain: int
     more: int
     warmup: int
-    short: int
+    longer: int
     skill: int
     call: int
     reservoir: int
@@ -67,7 +67,7 @@ FULL = Size(
     pretrain=400,
     more=200,
     warmup=20,
-    short=100,
+    longer=800,
     skill=30,
     call=25,
     reservoir=50_000,
@@ -82,7 +82,7 @@ TINY = Size(
     pretrain=6,
     more=5,
     warmup=1,
-    short=5,
+    longer=6,
     skill=1,
     call=1,
     reservoir=2_000,
