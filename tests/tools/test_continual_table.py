@@ -143,7 +143,7 @@ def test_no_arm_comes_before_what_it_needs(every: list[Arm]) -> None:
 
 
 def test_what_a_chosen_arm_needs_comes_along(every: list[Arm]) -> None:
-    assert [arm.name for arm in chosen(every, ["velocitune"])] == ["base", "longer", "velocitune"]
+    assert [arm.name for arm in chosen(every, ["metadata-hot"])] == ["metadata", "metadata-hot"]
     with pytest.raises(ValueError, match="no run is called nothing"):
         chosen(every, ["nothing"])
 

@@ -22,9 +22,9 @@ from typing import Any
 from launch.demo.corpora import demo_corpora
 from tools.continual_table import bed
 from tools.continual_table.arm import Arm, seed_folder
-from tools.continual_table.bed import CORPORA, DOMAINS, Bed, Size
+from tools.continual_table.bed import CORPORA, Bed, Size
 from tools.continual_table.claims import Found, judge, measure_noise
-from tools.continual_table.domains import write_domains
+from tools.continual_table.domains import MIXED, write_chains
 from tools.continual_table.markdown import claim_table, replaced, run_table, summary
 from tools.continual_table.methods import CLAIMS, arms
 from tools.continual_table.outcome import Outcome, Seed, read_outcome
@@ -81,7 +81,7 @@ def measure(folder: Path, seeds: Sequence[int], size: Size, only: Sequence[str] 
     data = folder / "data"
     if not (data / "tokenizer.json").exists():
         demo_corpora(data, CORPORA)
-        write_domains(data / DOMAINS, documents=size.documents, held_out=size.held_out)
+        write_chains(data, documents=size.documents, held_out=size.held_out)
     work = []
     share = metadata_share(data)
     for seed in seeds:
@@ -103,11 +103,11 @@ def measure(folder: Path, seeds: Sequence[int], size: Size, only: Sequence[str] 
 
 
 def metadata_share(data: Path) -> float:
-    """Tokens of the metadata of domains, for each token of their text."""
+    """Tokens of the names of domains, for each token of their text."""
     from trainer.data.indexed import IndexedReader
     from trainer.data.metadata import METADATA
 
-    prefix = str(data / DOMAINS)
+    prefix = str(data / MIXED)
     return IndexedReader(prefix + METADATA).num_tokens / IndexedReader(prefix).num_tokens
 
 

@@ -23,9 +23,7 @@ REPLAY: Mapping[str, float] = {"plain": 0.0, "replay-5": 0.05, "replay-25": 0.25
 TOLERANCE = 0.3
 """Nats that the loss on prose may rise before more of it is replayed."""
 CONDITIONED = 0.9
-"""Share of the text of domains that is read with its metadata, before the cooldown."""
-TARGETS = "targets.json"
-"""Velocitune's, in the seed's folder."""
+"""Share of the text that is read with the names of its domains, before the cooldown."""
 FROZEN = [r"model\.embed_tokens\.weight", r"model\.layers\.0\..*"]
 
 

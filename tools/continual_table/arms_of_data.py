@@ -1,27 +1,22 @@
-"""The runs about replay, schedules, controllers and metadata."""
+"""The runs about replay, schedules and controllers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from dataclasses import replace
 
 from tools.continual_table.arm import (
-    CONDITIONED,
     CONSTANT,
     NEW,
     OLD,
     REPLAY,
     STATIC,
-    TARGETS,
     THIRD,
     TOLERANCE,
     Arm,
     onward,
     shares,
 )
-from tools.continual_table.bed import DOMAINS, FLOOR, PEAK, Bed, Values, merged
-from tools.continual_table.domains import TOKENIZER
-from tools.continual_table.outcome import read_outcome
+from tools.continual_table.bed import FLOOR, PEAK, Bed, Values, merged
 from tools.continual_table.running import configuration
 
 
@@ -92,8 +87,6 @@ def controller_arms(bed: Bed) -> list[Arm]:
     validation = [{"name": one, "path": bed.corpus(f"{one}-validation")} for one in sets]
     common: Values = {"data": {"validation": validation}}
     asked = {"every": call, "at_start": True}
-    longer: Values = common | {"train": {"steps": bed.size.pretrain + bed.size.longer}}
-    velocitune = {"kind": "velocitune", "every": call, "targets": str(bed.folder / TARGETS)}
     skillit = {
         "kind": "skillit",
         "every": call,
@@ -102,27 +95,12 @@ def controller_arms(bed: Bed) -> list[Arm]:
     }
     more = {"kind": "raise_replay", "every": call, "watch": [OLD], "replay": [OLD], "tolerance": TOLERANCE}
     return [
-        onward(bed, "longer", STATIC, **longer),
         onward(bed, "static", STATIC, **common),
-        _prepared(
-            onward(bed, "velocitune", STATIC, **common, eval=asked, controller=velocitune), aim, "longer"
+        replace(
+            onward(bed, "skillit", STATIC, **common, eval=asked, controller=skillit), prepare=learn_graph
         ),
-        _prepared(onward(bed, "skillit", STATIC, **common, eval=asked, controller=skillit), learn_graph),
         onward(bed, "raise-replay", shares(0.05), eval=asked, controller=more),
     ]
-
-
-def _prepared(arm: Arm, prepare: Callable[[Bed], None], *needs: str) -> Arm:
-    return Arm(arm.name, arm.values, (*arm.needs, *needs), prepare)
-
-
-def aim(bed: Bed) -> None:
-    """Velocitune's targets: what equal shares reach in the longer run.
-
-    A law that is fitted to a short run is off by more, at this size, than sources differ by.
-    """
-    end = read_outcome(bed.folder, "longer", wall=0.0, cpu=0.0).end
-    (bed.folder / TARGETS).write_text(json.dumps({name: end[name] for name in STATIC}), encoding="utf-8")
 
 
 def learn_graph(bed: Bed) -> None:
@@ -135,43 +113,3 @@ def learn_graph(bed: Bed) -> None:
     schedule = {"kind": "constant", "warmup_steps": 0}
     values = merged(arm.values, {"schedule": schedule, "optimizer": {"lr": PEAK / 2}})
     measure_graph(configuration(folder / "skills.toml", values), folder, steps=bed.size.skill)
-
-
-def metadata_arms(bed: Bed) -> list[Arm]:
-    """Domains from nothing: as they are, with their names before them, and the last tenth without.
-
-    The names are read besides as much text, so those stages are longer by the share of their tokens. One rate
-    for all runs until the last tenth, in which it decays.
-    """
-    with_names = round(CONDITIONED * bed.size.pretrain)
-    without = bed.size.pretrain - with_names
-    longer = round(with_names * (1.0 + bed.metadata_share))
-    names = {"transforms": [{"kind": "metadata"}]}
-    staged = merged(_of_domains(bed, "metadata"), {"schedule": _decay(bed, longer + without)})
-    staged["stage"] = [
-        {"name": "names", "steps": longer} | names,
-        {"name": "cooldown", "steps": without, "start": {"policy": "continue"}},
-    ]
-    del staged["train"]["steps"]
-    hot = {
-        "data": names,
-        "schedule": _decay(bed, longer + without),
-        "train": {"steps": longer + without},
-        "checkpoint": {"load": str(bed.folder / "metadata" / "names")},
-        "start": {"policy": "continue"},
-    }
-    plain = {"train": {"steps": bed.size.pretrain}, "schedule": _decay(bed, bed.size.pretrain)}
-    return [
-        Arm("domains", merged(_of_domains(bed, "domains"), plain)),
-        Arm("metadata", staged),
-        Arm("metadata-hot", merged(_of_domains(bed, "metadata-hot"), hot), needs=("metadata",)),
-    ]
-
-
-def _of_domains(bed: Bed, name: str) -> Values:
-    return merged(bed.frame(name, {DOMAINS: 1.0}, sets=(DOMAINS,)), {"data": {"tokenizer": TOKENIZER}})
-
-
-def _decay(bed: Bed, steps: int) -> Values:
-    decay = bed.size.pretrain - round(CONDITIONED * bed.size.pretrain)
-    return {"kind": "wsd", "warmup_steps": bed.size.warmup, "steps": steps, "decay_steps": decay}

@@ -12,8 +12,6 @@ Values = dict[str, Any]
 
 CORPORA = ("prose", "code", "cpp", "questions")
 """Of the demo corpora."""
-DOMAINS = "domains"
-"""The corpus of `domains.py`."""
 PEAK, FLOOR = 1e-2, 1e-3
 """Learning rates: schedules warm up to the first and decay to the second, unless an arm says otherwise."""
 
@@ -23,15 +21,14 @@ class Size:
     """How much work one seed is.
 
     Attributes:
-        pretrain: steps on prose, or on domains, from nothing.
+        pretrain: steps on prose, or on chains, from nothing.
         more: steps of every stage that goes on from there.
         warmup: steps of every warm-up.
-        longer: steps of the run that ends at Velocitune's targets.
         skill: steps on each source alone for the skill graph.
         call: steps between two calls of a controller.
         reservoir: tokens of prose that a reservoir holds.
-        documents: of all domains together.
-        held_out: documents besides, to evaluate on.
+        documents: of every corpus of chains.
+        held_out: documents of each besides, to evaluate on.
         fisher: gradients that EWC's Fisher matrix is measured on.
         eval_batches, dense_batches: the most global batches that whole and dense evaluations read of a set;
             the first are the first ones, the others are spread over those.
@@ -41,7 +38,6 @@ class Size:
     pretrain: int
     more: int
     warmup: int
-    longer: int
     skill: int
     call: int
     reservoir: int
@@ -67,7 +63,6 @@ FULL = Size(
     pretrain=400,
     more=200,
     warmup=20,
-    longer=800,
     skill=30,
     call=25,
     reservoir=50_000,
@@ -82,7 +77,6 @@ TINY = Size(
     pretrain=6,
     more=5,
     warmup=1,
-    longer=6,
     skill=1,
     call=1,
     reservoir=2_000,
@@ -112,7 +106,7 @@ class Bed:
     Attributes:
         data: folder of the corpora.
         folder: of the seed; every run has a folder in it, and its run file beside that.
-        metadata_share: tokens of the metadata of domains, for each token of their text.
+        metadata_share: tokens of the names of domains, for each token of their text.
     """
 
     data: Path

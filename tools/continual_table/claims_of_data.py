@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
-
-from tools.continual_table.arm import CONDITIONED, NEW, OLD, REPLAY, STATIC, THIRD, TOLERANCE
-from tools.continual_table.bed import DOMAINS
+from tools.continual_table.arm import NEW, OLD, REPLAY, STATIC, THIRD, TOLERANCE
 from tools.continual_table.claims import (
     Claim,
     Sign,
@@ -164,51 +161,14 @@ INFINITE_CLAIMS = [
 ]
 
 
-def velocities(seed: Seed, arm: str) -> dict[str, float]:
-    """What is left of the way to Velocitune's targets at the end, by source: 1 at the start, 0 there."""
-    start, end = seed["base"].end, seed[arm].end
-    targets = seed["velocitune"].targets
-    return {name: (end[name] - goal) / (start[name] - goal) for name, goal in targets.items()}
-
-
-def _spread(seed: Seed, arm: str) -> float:
-    found = velocities(seed, arm).values()
-    return max(found) - min(found)
-
-
-def _slowest_share(seed: Seed) -> float:
-    found = velocities(seed, "static")
-    return seed["velocitune"].mean_shares[max(found, key=lambda name: found[name])] - 1.0 / len(STATIC)
-
-
 CONTROLLER_CLAIMS = [
     Claim(
-        "Velocitune",
-        "sources come nearer to the same pace (Luo et al., 2411.14318)",
-        "spread of V (no unit), less that of equal shares",
-        lambda s: _spread(s, "velocitune") - _spread(s, "static"),
+        "Skill-it",
+        "lower losses at equal tokens (Chen et al., 2307.14430)",
+        "mean loss of the sources, less that of equal shares",
+        lambda s: mean_loss(s["skillit"], tuple(STATIC)) - mean_loss(s["static"], tuple(STATIC)),
         "below 0",
-    ),
-    Claim(
-        "Velocitune",
-        "the slowest source gets more (2411.14318)",
-        "its mean share, less a third",
-        _slowest_share,
-        "above 0",
-    ),
-    *(
-        Claim(
-            method,
-            says,
-            "mean loss of the sources, less that of equal shares",
-            lambda s, arm=arm: mean_loss(s[arm], tuple(STATIC)) - mean_loss(s["static"], tuple(STATIC)),  # type: ignore[misc]
-            "below 0",
-            "new",
-        )
-        for method, says, arm in (
-            ("Velocitune", "lower losses at equal tokens (2411.14318)", "velocitune"),
-            ("Skill-it", "lower losses at equal tokens (Chen et al., 2307.14430)", "skillit"),
-        )
+        "new",
     ),
     Claim(
         "raise_replay from 5 %",
@@ -226,38 +186,5 @@ CONTROLLER_CLAIMS = [
         lambda s: new_loss(s, "raise-replay") - new_loss(s, "base"),
         "below 0",
         "new",
-    ),
-]
-
-
-def _training_difference(seed: Seed) -> float:
-    """Over the last third of the text that is read with names, and over the same text without."""
-    read = seed["metadata"].training["names"]
-    plain = seed["domains"].training["domains"]
-    plain = plain[: round(CONDITIONED * len(plain))]
-    return fmean(read[-len(read) // 3 :]) - fmean(plain[-len(plain) // 3 :])
-
-
-METADATA_CLAIMS = [
-    Claim(
-        "MeCo: its domain before every document",
-        "makes the text easier to tell (Gao et al., 2501.01956)",
-        "training loss with names of domains, less that of plain text",
-        _training_difference,
-        "below 0",
-    ),
-    Claim(
-        "MeCo: its domain before every document",
-        "after the cooldown plain text is no worse, at equal text (2501.01956)",
-        "loss on domains, less that of plain text alone",
-        lambda s: s["metadata"].end[DOMAINS] - s["domains"].end[DOMAINS],
-        "below 0",
-    ),
-    Claim(
-        "MeCo: its domain before every document",
-        "and without the cooldown it is worse (2501.01956)",
-        "loss on domains without the cooldown, less that with it",
-        lambda s: s["metadata-hot"].end[DOMAINS] - s["metadata"].end[DOMAINS],
-        "above 0",
     ),
 ]

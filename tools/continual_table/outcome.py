@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.continual_table.arm import FROZEN, TARGETS
+from tools.continual_table.arm import FROZEN
 from trainer.forgetting.curves import find_stages, read_stages
 from trainer.metrics.json_lines import read_evaluations, read_lines
 
@@ -28,7 +28,6 @@ class Outcome:
         auxiliary_sources: the sources that each of them has ever been measured on.
         mean_shares: of the sources, over the calls of a controller.
         training: by stage, the loss of every recorded step.
-        targets: Velocitune's, by source.
         frozen: whether the frozen weights are still, bit for bit, those of the base; None where none are.
         wall, cpu: seconds.
     """
@@ -39,7 +38,6 @@ class Outcome:
     auxiliary_sources: Mapping[str, list[str]] = field(default_factory=dict)
     mean_shares: Mapping[str, float] = field(default_factory=dict)
     training: Mapping[str, list[float]] = field(default_factory=dict)
-    targets: Mapping[str, float] = field(default_factory=dict)
     frozen: bool | None = None
     wall: float = 0.0
     cpu: float = 0.0
@@ -62,7 +60,6 @@ def read_outcome(folder: Path, name: str, *, wall: float, cpu: float) -> Outcome
         auxiliary_sources=auxiliary_sources,
         training={stage.name: _training(stage.folder / "metrics.jsonl") for stage in stages},
         mean_shares=_mean_shares(stages[-1].folder / "controller.jsonl"),
-        targets=json.loads((folder / TARGETS).read_text()) if name == "velocitune" else {},
         frozen=_frozen_are_equal(folder / "base", folder / name) if name == "freeze" else None,
         wall=wall,
         cpu=cpu,
