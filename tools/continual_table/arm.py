@@ -24,6 +24,8 @@ TOLERANCE = 0.3
 """Nats that the loss on prose may rise before more of it is replayed."""
 CONDITIONED = 0.9
 """Share of the text that is read with the names of its domains, before the cooldown."""
+STRENGTHS: Mapping[str, float] = {"weak": 0.3, "strong": 3.0, "strongest": 30.0}
+"""Of anchors."""
 FROZEN = [r"model\.embed_tokens\.weight", r"model\.layers\.0\..*"]
 
 

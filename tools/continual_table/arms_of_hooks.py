@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.continual_table.arm import FROZEN, NEW, OLD, Arm, onward, shares
+from tools.continual_table.arm import FROZEN, NEW, OLD, STRENGTHS, Arm, onward, shares
 from tools.continual_table.bed import Bed
 
 
@@ -18,12 +18,11 @@ def loss_arms(bed: Bed) -> list[Arm]:
 
 
 def update_arms(bed: Bed) -> list[Arm]:
-    """Frozen layers, and anchors of three kinds at two strengths."""
+    """Frozen layers, and anchors of three kinds, each at three strengths."""
     fisher = {"sources": [OLD], "batches": bed.size.fisher}
-    strengths = {"l2": (0.3, 3.0), "ewc": (0.3, 3.0), "si": (0.3, 3.0)}
     arms = [onward(bed, "freeze", updates={"freeze": FROZEN})]
-    for kind, pair in strengths.items():
-        for word, strength in zip(("weak", "strong"), pair, strict=True):
+    for kind in ("l2", "ewc", "si"):
+        for word, strength in STRENGTHS.items():
             anchor = {"kind": kind, "strength": strength} | (fisher if kind == "ewc" else {})
             arms.append(onward(bed, f"{kind}-{word}", updates={"anchor": anchor}))
     return arms

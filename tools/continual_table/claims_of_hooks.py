@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.continual_table.arm import OLD
+from tools.continual_table.arm import OLD, STRENGTHS
 from tools.continual_table.claims import Claim, beside_front, forgotten, least_step, new_loss
 from tools.continual_table.claims_of_data import FORGOTTEN, NEW_LOSS, forgets, learns
 from tools.continual_table.outcome import Seed
@@ -43,7 +43,7 @@ def _falls(kind: str) -> Claim:
     return Claim(
         NAMES[kind],
         f"forgets less, the more the stronger ({SOURCES[kind]})",
-        f"least fall of the {FORGOTTEN} from none to weak to strong",
+        f"least fall of the {FORGOTTEN} from none to weak to strong to strongest",
         lambda s: least_step([-forgotten(s, arm) for arm in _strengths(kind)]),
         "above 0",
         "forgetting",
@@ -54,15 +54,19 @@ def _rises(kind: str) -> Claim:
     return Claim(
         NAMES[kind],
         "and learns less, the less the stronger",
-        f"least rise of the {NEW_LOSS} from none to weak to strong",
+        f"least rise of the {NEW_LOSS} from none to weak to strong to strongest",
         lambda s: least_step([new_loss(s, arm) for arm in _strengths(kind)]),
         "above 0",
         "new",
     )
 
 
-def _strengths(kind: str) -> tuple[str, str, str]:
-    return "plain", f"{kind}-weak", f"{kind}-strong"
+def _pays(kind: str) -> Claim:
+    return learns(NAMES[kind], "and less than without, when strong enough", f"{kind}-strongest", "plain")
+
+
+def _strengths(kind: str) -> tuple[str, ...]:
+    return "plain", *(f"{kind}-{word}" for word in STRENGTHS)
 
 
 NAMES = {"l2": "L2 to the start", "ewc": "EWC", "si": "SI"}
@@ -106,7 +110,7 @@ UPDATE_CLAIMS = [
         "new",
     ),
     forgets("freeze embedding and layer 0", "forgets less", "freeze", "plain"),
-    *(claim(kind) for kind in NAMES for claim in (_falls, _rises)),
+    *(claim(kind) for kind in NAMES for claim in (_falls, _rises, _pays)),
     _against_l2("ewc", "beats L2 (1612.00796); for pre-trained vision models the reverse (2203.17269)"),
     _against_l2("si", "beats L2, by little"),
 ]
