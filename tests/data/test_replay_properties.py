@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.data.corpora import ragged, write_tokens, write_words
@@ -108,6 +108,7 @@ class Run:
             self.layout = value
         elif event == "controller":
             self.stream.set_weights(self.step, value | {"again": 0.7})
+            self.saved[self.step - 1] = self.save()  # who rolls back to here has these weights
         elif event == "roll back":
             self.step = max(FIRST, self.step - value)
             del self.dealt[self.step :], self.saved[self.step :]
@@ -179,6 +180,12 @@ def test_every_history(corpora: Path, history: History, replay: dict[str, Any]) 
 
 
 @given(history=histories, replay=replays, at=st.integers(0, 100), layout=st.sampled_from(LAYOUTS))
+@example(
+    history=[(("controller", {"prose": 1.0, "code": 0.5}), 0), (("roll back", 0), 1)],
+    replay={"per_batch": 11, "replay": {"of": list(NAMES)}},
+    at=1,
+    layout=(1, 12),
+)
 @settings(hypothetical, max_examples=40)
 def test_restarts_and_layouts_leave_no_trace(
     corpora: Path, history: History, replay: dict[str, Any], at: int, layout: tuple[int, int]
