@@ -102,7 +102,7 @@ def _rank_main(sender: Connection, place: _Place, target: Callable[..., Any], ar
     gc.freeze()  # what the parent had imported stays: no collection has to walk, and so to copy, its pages
     answer: _Failure | bytes
     try:
-        _join(place)
+        joined = _join(place)
         answer = pickle.dumps(target(*args))
     except BaseException as error:
         answer = _Failure(place.rank, time.monotonic(), traceback.format_exc(), user_message(error))
@@ -115,6 +115,7 @@ def _rank_main(sender: Connection, place: _Place, target: Callable[..., Any], ar
     import torch.distributed as dist
 
     if dist.is_initialized():
+        joined()
         dist.destroy_process_group()
 
 
@@ -129,19 +130,26 @@ def _live_and_die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
-def _join(place: _Place) -> None:
+def _join(place: _Place) -> Callable[[], None]:
+    """Start the process group; return what waits until all ranks have.
+
+    A rank that ends closes its connections, and one that is still connecting would fail at that.
+    """
     announce_rank(place.rank, place.world_size, local_rank=place.rank)
     if not place.gpu:
         hide_gpus()
     import torch.distributed as dist
 
+    store = dist.FileStore(place.store, place.world_size)  # type: ignore[attr-defined]
     start_process_group(
         place.rank,
         place.world_size,
         device=place.rank if place.gpu else None,
         threads=threads_per_rank(place.world_size),
-        store=dist.FileStore(place.store, place.world_size),  # type: ignore[attr-defined]
+        store=store,
     )
+    store.set(f"joined-{place.rank}", "")
+    return lambda: store.wait([f"joined-{rank}" for rank in range(place.world_size)])
 
 
 def _collect(

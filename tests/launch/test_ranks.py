@@ -45,6 +45,11 @@ def test_results_come_in_the_order_of_ranks() -> None:
     assert run_ranks(rank_and_sum, 3, 10, deadline=DEADLINE) == [(0, 13.0), (1, 13.0), (2, 13.0)]
 
 
+def test_ranks_that_end_at_once_fail_nobody_who_is_still_connecting() -> None:
+    for _ in range(6):  # it is a race
+        assert run_ranks(os.getppid, 6, deadline=DEADLINE) == [os.getpid()] * 6
+
+
 def test_the_failure_that_caused_the_others_is_reported() -> None:
     for _ in range(5):  # the order in which the ranks notice varies
         with pytest.raises(RankError, match=r"rank 2 failed(.|\n)*KeyError: 'the cause'"):
