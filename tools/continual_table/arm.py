@@ -22,7 +22,7 @@ REPLAY: Mapping[str, float] = {"plain": 0.0, "replay-5": 0.05, "replay-25": 0.25
 """The ladder: arm and share of prose in every batch."""
 TOLERANCE = 0.3
 """Nats that the loss on prose may rise before more of it is replayed."""
-CONDITIONED = 0.9
+CONDITIONED = 0.8
 """Share of the text that is read with the names of its domains, before the cooldown."""
 STRENGTHS: Mapping[str, float] = {"weak": 0.3, "strong": 3.0, "strongest": 30.0}
 """Of anchors."""

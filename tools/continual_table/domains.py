@@ -20,7 +20,7 @@ TOKENIZER = "bytes"
 CHAINS: Mapping[str, int] = {"chains-1": 1, "chains-4": 4, "chains-16": 16}
 """By corpus, how many domains it mixes: the more, the longer it takes to learn."""
 MIXED = "chains-16"
-LENGTH = 64
+LENGTH = 80
 """Characters of a document."""
 FOLLOWS = 0.8
 """Probability that a symbol is followed by its successor in the domain; any symbol follows else."""
