@@ -32,6 +32,7 @@ def test_without_a_gpu_it_says_so_in_a_sentence() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_rehearsal_runs_every_part_that_the_cpu_can() -> None:
     done = gpu_check("--rehearse")
     assert done.returncode == 0, done.stdout + done.stderr

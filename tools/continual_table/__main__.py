@@ -4,7 +4,7 @@
 
 Makes the demo corpora, trains a tiny model on prose once a seed, lets every method go on from there, and
 compares what came of it with what papers expect. Prints a table in Markdown; every number goes to the JSON
-file. Takes two processes for about ten minutes.
+file. Takes two processes for about eleven minutes.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def pace_arms(bed: Bed) -> list[Arm]:
 
 
 def metadata_arms(bed: Bed) -> list[Arm]:
-    """Domains as they are, with their names before them, and the last tenth without.
+    """Domains as they are, with their names before them, and the last fifth without.
 
     The names are read besides as much text, so those stages are longer by the share of their tokens.
     """
@@ -48,7 +48,7 @@ def metadata_arms(bed: Bed) -> list[Arm]:
 
 
 def _from_nothing(bed: Bed, name: str, *sources: str, steps: int | None = None, **sections: Any) -> Arm:
-    """A run on equal shares of the sources, at one rate until the last tenth of the text, where it decays.
+    """A run on equal shares of the sources, at one rate until the last fifth of the text, where it decays.
 
     Args:
         steps: the bed's number, if not given. sections: of the run file, on top.
