@@ -10,14 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.continual_table.domains import CHAINS, MIXED, NAMES, SYMBOLS, Domains, entropy, write_chains
+from tools.continual_table.domains import (
+    CHAINS,
+    LENGTH,
+    MIXED,
+    NAMES,
+    SYMBOLS,
+    Domains,
+    entropy,
+    write_chains,
+)
 from trainer.data.indexed import IndexedReader
 from trainer.data.metadata import METADATA
 
 
 def test_a_document_names_its_domain_once() -> None:
     for record in Domains(16).documents(200, 3):
-        assert len(record["text"]) == 64
+        assert len(record["text"]) == LENGTH
         assert [one for one in record["text"] if one not in SYMBOLS] == [record["domain"]]
 
 
@@ -51,7 +60,7 @@ def test_the_name_is_the_metadata_and_one_token(tmp_path: Path) -> None:
     for name in CHAINS:
         assert len(IndexedReader(str(tmp_path / f"{name}-validation"))) == 5
     text, names = IndexedReader(str(tmp_path / MIXED)), IndexedReader(f"{tmp_path / MIXED}{METADATA}")
-    assert (len(text), text.num_tokens, names.num_tokens) == (20, 20 * 65, 20)
+    assert (len(text), text.num_tokens, names.num_tokens) == (20, 20 * (LENGTH + 1), 20)
     for number in range(20):
         (name,) = np.asarray(names[number]).tolist()
         assert name in np.asarray(text[number])
