@@ -148,7 +148,7 @@ class Dealer:
     @property
     def newest_change(self) -> int:
         """The step from which the newest weights are in force."""
-        return max(self._changes, default=self.start.step)
+        return next(reversed(self._changes), self.start.step)  # `set_weights` takes them in their order
 
     def at(self, step: int) -> Cursor:
         """All that is dealt before `step`, with the weights that were set for it."""

@@ -128,7 +128,8 @@ class Replay:
         """Begin to write what the next steps read, where it can be known at `step`."""
         if self._reservoir is None:
             return
-        samples = {self.at(step).step: self.at(step).seen}  # asked for later, it is dealt all over again
+        chosen = self.at(step)
+        samples = {chosen.step: chosen.seen}  # asked for later, it is dealt all over again
         if (border := self._next(step)) is not None:
             samples[border] = self._seen_for(border)
         if self.needed or self._orders:
