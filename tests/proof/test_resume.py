@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from parallel.layout import Layout
+from tests.marks import but_long
 from tests.proof.gather import Wholes, different, whole_tensors
 from tests.proof.runs import (
     Records,
@@ -108,12 +109,7 @@ def resume(whole: Whole, setting: Setting, name: str) -> tuple[RunConfig, list[R
 SLOW = {"TP2 DP2, bf16", "PP2 VPP2, plain, bf16", "CP2, recomputed"}
 
 
-def same() -> list[object]:
-    assert SLOW <= SOURCES.keys()
-    return [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in SOURCES]
-
-
-@pytest.mark.parametrize("name", same())
+@pytest.mark.parametrize("name", but_long(SOURCES, SLOW))
 def test_the_same_layout_goes_on_bit_for_bit(source: Source, name: str) -> None:
     whole, setting = source(name), SOURCES[name]
     config, ranks = resume(whole, setting, "again")

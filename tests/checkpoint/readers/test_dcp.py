@@ -19,6 +19,7 @@ from checkpoint.readers.dcp import read, recognise
 from checkpoint.whole import read_whole
 from tests.foreign.dcp import HYBRID, TENSOR, Run, save
 from tests.foreign.oracle import BETAS, LR, STEP, Oracle
+from tests.marks import but_long
 
 ORACLE = Oracle(layers=1)
 FACTS = {"hidden_size": ORACLE.hidden, "num_attention_heads": 8}
@@ -36,7 +37,7 @@ RUNS = {
 
 
 LONG = ("two by two, hybrid, app", "torchtitan, tensor parallel", "FSDP1")
-CASES = [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in RUNS]
+CASES = but_long(RUNS, LONG)
 
 
 @pytest.fixture(scope="module")

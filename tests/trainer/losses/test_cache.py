@@ -11,6 +11,7 @@ import pytest
 
 from launch.ranks import RankError
 from parallel.layout import Layout
+from tests.marks import but_long
 from tests.proof.runs import Records, run, run_config, write_corpora
 from tests.ranks import run_ranks
 from trainer.config import RunConfig, validate
@@ -58,9 +59,7 @@ READERS = {
 LONG = {"one-rank", "DP3"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in READERS]
-)
+@pytest.mark.parametrize("name", but_long(READERS, LONG))
 def test_a_cached_reference_is_the_reference(online: Records, cached: Path, folder: Path, name: str) -> None:
     ranks, layout = READERS[name]
     found = run_ranks(run, ranks, config_of(folder, f"reads-{name}", layout, cache=str(cached)))[0]
@@ -74,7 +73,7 @@ def test_a_cached_reference_is_the_reference(online: Records, cached: Path, fold
 WRITERS = {"CP2": (2, Layout(context=2)), "TP2-PP2": (4, Layout(tensor=2, pipeline=2))}
 
 
-@pytest.mark.parametrize("name", ["CP2", pytest.param("TP2-PP2", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", but_long(WRITERS, {"TP2-PP2"}))
 def test_every_layout_writes_the_same_targets(cached: Path, folder: Path, name: str) -> None:
     ranks, layout = WRITERS[name]
     other = folder / f"targets-{name}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from parallel.layout import Layout
+from tests.marks import but_long
 from tests.proof.gather import Wholes, whole_tensors
 from tests.ranks import run_ranks
 from tests.trainer.losses.worlds import Case, Found, stepped
@@ -45,9 +46,7 @@ def weights(found: list[Found]) -> Wholes:
 LONG = {"VPP2 on DP2", "TP2 PP2 on CP2 DP2"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("name", but_long(LAYOUTS, LONG))
 def test_the_layout_of_the_reference_does_not_matter(name: str) -> None:
     ranks, layout, reference = LAYOUTS[name]
     same = run_ranks(stepped, ranks, case(ranks, layout, None))

@@ -12,6 +12,7 @@ import torch
 from parallel.layout import Layout
 from parallel.mesh import destroy_mesh
 from parallel.slices import TensorSlice
+from tests.marks import but_long
 from tests.proof.gather import Wholes, copy_slices, different, whole_tensors
 from tests.proof.worlds import SOURCES, batches, build
 from tests.ranks import run_ranks
@@ -46,9 +47,7 @@ def by_torch() -> tuple[dict[str, float], Wholes]:
 LONG = {"TP2", "PP2", "TP2 x PP2 x CP2"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in CASES]
-)
+@pytest.mark.parametrize("name", but_long(CASES, LONG))
 def test_losses_and_gradients_are_plain_torchs(by_torch: tuple[dict[str, float], Wholes], name: str) -> None:
     case = CASES[name]
     found: list[Found] = run_ranks(stepped, case.world.ranks, case)
